@@ -1,0 +1,7 @@
+"""flallm: gloss-free sign language translation after FLa-LLM (Chen et al. 2024, arXiv 2403.12556)."""
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the command prints the message as one line and exits with code 2."""

@@ -1,0 +1,215 @@
+"""The recipe: dataclasses <- YAML <- `--a.b=c`; every error names the field.
+
+A recipe file holds the sections below, and under `stage1`, `stage2` and `joint` what differs between these: the fields of
+`Train`. A run is one of the three, so `load` puts that section in as `train`, and overrides say `--train.lr_encoder=1e-3`
+whatever the stage. The sources of the defaults are in the recipes and in the comments here: [P] the paper, [I] the nearest
+published practice where the paper is silent (GFSLT-VLP, MMTLB).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+from flallm import UserError
+from flallm.video import Augment
+
+STAGES = ("stage1", "stage2", "joint")
+
+
+@dataclass
+class Data:
+    shards: str = ""  # the folder tools/make_shards.py wrote
+    resize: int = 256  # [I] frames are squeezed to a square of this many pixels …
+    crop: int = 224  # [P] … and cropped to this, at random in training, in the middle otherwise
+    stride: int = 4  # [P] every 4th frame: T/4
+    max_frames: int = 300  # [I] of the source; longer clips are thinned out evenly
+    augment: Augment = field(default_factory=Augment)
+    workers: int = 4  # decoding processes a rank
+
+
+@dataclass
+class Encoder:
+    stem: int = 64  # [P] ResNet18
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    weights: str | None = None  # torchvision's ResNet18 checkpoint (.pth or .safetensors); [P] ImageNet weights
+    channels: int = 1024  # [I] C, the width of the sign-wise features
+    kernel: int = 5  # [I] of the temporal convolution
+    global_batch_norm: bool = True  # statistics of the global batch; false: of each rank's own, faster
+
+
+@dataclass
+class LightT:
+    layers: int = 3  # [P] encoder and decoder layers each: Table 7, "base"
+    heads: int = 8
+    width: int = 512
+    ffn: int = 2048
+    dropout: float = 0.1
+
+
+@dataclass
+class LLM:
+    path: str = "facebook/mbart-large-cc25"  # [P] a folder or hub name in Hugging Face layout; its tokenizer serves stage 1 too
+    language: str | None = None  # target language code of a multilingual model, such as de_DE
+    dropout: float = 0.3  # [I]
+
+
+@dataclass
+class Train:
+    epochs: float = 75
+    steps: int | None = None  # instead of epochs
+    batch: int = 8  # clips a step over all ranks
+    micro_batches: int = 1  # forward and backward passes a step on each rank
+    optimizer: str = "sgd"  # sgd | adamw
+    lr_encoder: float = 1e-2
+    lr_adapter: float = 1e-2
+    lr_language: float = 1e-2
+    momentum: float = 0.9  # of sgd
+    betas: tuple[float, ...] = (0.9, 0.998)  # of adamw
+    weight_decay: float = 1e-3
+    warmup: float = 0.0  # share of the steps in which the rates rise from 0; then a cosine falls to 0
+    clip: float = 1.0  # largest norm of the gradient
+    label_smoothing: float = 0.2  # [P]
+    precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
+    deepspeed: str | None = None  # a DeepSpeed JSON file; none: ds_configs/zero2.json, without a GPU zero2_cpu.json
+    log_every: int = 50  # steps
+    dev_every: int = 0  # steps between looks at the dev split; 0: once an epoch
+    dev_clips: int = 0  # how many clips of it; 0: all
+
+
+@dataclass
+class Decode:
+    beam: int = 5  # [P]
+    max_tokens: int = 100
+    length_penalty: float = 1.0
+    batch: int = 16  # clips decoded together
+
+
+@dataclass
+class Config:
+    name: str = ""
+    stage: str = "stage1"
+    seed: int = 0
+    convention: str = "raw"  # scoring convention that leads
+    data: Data = field(default_factory=Data)
+    encoder: Encoder = field(default_factory=Encoder)
+    light_t: LightT = field(default_factory=LightT)
+    llm: LLM = field(default_factory=LLM)
+    train: Train = field(default_factory=Train)
+    decode: Decode = field(default_factory=Decode)
+
+
+def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) -> Config:
+    """The config of one stage of a recipe: a built-in name or the path of a YAML file."""
+    builtin = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
+    path = builtin if builtin.exists() else Path(recipe)
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in builtin.parent.glob("*.yaml")))
+        raise UserError(f"no recipe {recipe!r}: name a YAML file or one of {names}")
+    sections = read_yaml(path)
+    train = {name: sections.pop(name, {}) for name in STAGES}[stage]
+    config = from_dict(Config, {**sections, "train": train, "stage": stage}, str(path))
+    return override(config, overrides or {})
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no recipe: sections such as `data:` were expected")
+    return content
+
+
+def from_dict(cls, values: dict, where: str):
+    """A dataclass from nested dicts. Raises UserError for unknown fields and wrong types."""
+    hints, kwargs = typing.get_type_hints(cls), {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{where}: there is no field {name!r}{_suggest(name, hints)}")
+        kwargs[name] = _coerce(value, hints[name], f"{where}: {name}")
+    return cls(**kwargs)
+
+
+def override(config: Config, overrides: dict[str, object]) -> Config:
+    """The config with `{"a.b": value}` put in."""
+    known = flat(config)
+    for name, value in overrides.items():
+        if name not in known:
+            raise UserError(f"unknown option --{name}{_suggest(name, known, '--')}")
+        *parents, leaf = name.split(".")
+        target = config
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, leaf, _coerce(value, typing.get_type_hints(type(target))[leaf], f"--{name}"))
+    if config.train.optimizer not in ("sgd", "adamw"):
+        raise UserError(f"train.optimizer: {config.train.optimizer!r} is neither sgd nor adamw")
+    if config.train.precision not in ("bf16", "fp32"):
+        raise UserError(f"train.precision: {config.train.precision!r} is neither bf16 nor fp32")
+    if config.data.crop > config.data.resize:
+        raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
+    for name in ("data.resize", "data.crop", "data.stride", "data.max_frames", "train.batch", "train.micro_batches", "train.log_every", "decode.beam", "decode.batch"):
+        if flat(config)[name] < 1:
+            raise UserError(f"{name}: {flat(config)[name]} is less than 1")
+    return config
+
+
+def flat(config, prefix: str = "") -> dict[str, object]:
+    """{"a.b": value} of every field."""
+    out = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        out |= flat(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
+    return out
+
+
+def dump(config: Config) -> str:
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _suggest(name: str, known, dashes: str = "") -> str:
+    """", did you mean …?" by the whole name or its last part."""
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, 1, 0.6)
+    whole = difflib.get_close_matches(name, list(known), 1, 0.6)
+    match = whole or [by_leaf[m] for m in leaf]
+    return f": did you mean {dashes}{match[0]}?" if match else f" (it has: {', '.join(known)})" if not dashes else ": see the recipe for its fields"
+
+
+def _coerce(value, hint, where: str):
+    """The value as the field's type: YAML reads 1e-3 as text, and Fire guesses types."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(o for o in options if o is not type(None))
+    try:
+        if is_dataclass(kind) and isinstance(value, dict):
+            return from_dict(kind, value, where)
+        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+            item = typing.get_args(kind)[0]
+            return tuple(_coerce(v, item, where) for v in value)
+        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)
+        if kind is int and isinstance(value, int | float | str) and not isinstance(value, bool) and float(value).is_integer():
+            return int(float(value))
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is str and isinstance(value, str | int | float):
+            return str(value)
+    except ValueError:
+        pass
+    name = "a list of numbers" if typing.get_origin(kind) is tuple else {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(kind, "a section")
+    raise UserError(f"{where}: {value!r} is not {name}")

@@ -1,0 +1,167 @@
+"""Ranks and DeepSpeed ZeRO-2. The only module that knows launchers, devices and DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from flallm import UserError
+from flallm.config import Train
+from flallm.loader import Batch
+from flallm.model.translator import Translator
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: one process is one rank, one rank is one GPU where there are any."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value) -> list:
+        """The values of all ranks, in the order of ranks, on every rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def join() -> Ranks:
+    """Joins the process group that torchrun, deepspeed or srun describes in the environment; alone: a group of one."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    if "RANK" not in env:
+        env.update(rendezvous(), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise UserError(f"RANK is set but {', '.join(missing)} is not: start the ranks with torchrun, deepspeed or slurm/*.sh")
+    if not torch.cuda.is_available():
+        env["DS_ACCELERATOR"] = "cpu"
+        # Ranks of one machine share its cores; what a launcher does not say is taken from the size of the group.
+        here = int(env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or env["WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    import deepspeed
+
+    if hasattr(deepspeed.ops, "__compatible_ops__"):  # else every start on a CPU compiles it (79 s), and a killed build locks the next
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    device = torch.device("cuda", int(env["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), device)
+
+
+def leave() -> None:
+    """Ranks that end without this die with SIGABRT under gloo, after correct work."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rendezvous() -> dict[str, str]:
+    """An address on this machine for a group that starts here."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+
+
+def launch(function: Callable, world_size: int, *args) -> None:
+    """Runs `function(*args)` on `world_size` ranks of this machine; the first to fail ends all."""
+    where = rendezvous()
+    torch.multiprocessing.spawn(_run_rank, (function, world_size, where, args), world_size)
+
+
+def _run_rank(rank: int, function: Callable, world_size: int, where: dict[str, str], args: tuple) -> None:
+    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    try:
+        function(*args)
+    finally:
+        leave()
+
+
+def precision(config: Train, device: torch.device) -> torch.autocast:
+    """The context in which a model computes outside training."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def parameter_groups(model: Translator, config: Train) -> list[dict]:
+    """One group for each part that trains, with its own learning rate."""
+    groups = []
+    for part in ("encoder", "adapter", "language"):
+        params = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        if params:
+            groups.append({"name": part, "params": params, "lr": getattr(config, f"lr_{part}")})
+    return groups
+
+
+def start_engine(model: Translator, config: Train, ranks: Ranks):
+    """A DeepSpeed engine around the model, from a file of ds_configs/ with the batch arithmetic filled in."""
+    import deepspeed
+
+    groups = parameter_groups(model, config)
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+    else:  # a torch object: naming AdamW in the JSON would compile DeepSpeed's own
+        optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+    settings = _deepspeed_config(config, ranks) | {
+        # The plan deals in clips; to DeepSpeed a micro-batch on a rank is one unit.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.micro_batches,
+        "gradient_clipping": config.clip,
+    }
+    if config.precision == "bf16":  # fp32 parameters; bf16 ones would cast them but not BatchNorm's buffers
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
+
+
+def _deepspeed_config(config: Train, ranks: Ranks) -> dict:
+    here = Path(__file__).parent
+    folder = next(f for f in (here / "ds_configs", here.parent / "ds_configs") if f.is_dir())  # installed, or in the repo
+    path = Path(config.deepspeed) if config.deepspeed else folder / ("zero2.json" if ranks.device.type == "cuda" else "zero2_cpu.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"train.deepspeed: {path} cannot be read as JSON: {error}") from None
+
+
+def set_learning_rates(engine, config: Train, factor: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = factor * getattr(config, f"lr_{group['name']}")
+
+
+def train_step(engine, batches: list[Batch], ranks: Ranks) -> tuple[float, float]:
+    """One optimiser step on this rank's micro-batches; returns this rank's (sum of token losses, number of target tokens).
+
+    The gradient is that of the mean over all target tokens of the step, wherever they are: DeepSpeed averages over
+    ranks and micro-batches, so every sum of losses is multiplied by their number and divided by all tokens.
+    """
+    tokens = sum(batch.tokens for batch in batches)
+    factor = ranks.world_size * len(batches) / max(1.0, ranks.sum(tokens)[0])
+    total = 0.0
+    for batch in batches:
+        loss = engine(batch.to(ranks.device))
+        engine.backward(loss * factor)
+        engine.step()
+        total += loss.detach()
+    return float(total), tokens

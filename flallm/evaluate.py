@@ -1,0 +1,114 @@
+"""Decoding a split over all ranks, every clip once, and what is written of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flallm import checkpoint, config as cfg, engine, metrics, video
+from flallm import UserError
+from flallm.config import Config, Decode
+from flallm.engine import Ranks
+from flallm.loader import Batch, Clips, batches
+from flallm.model.translator import Translator
+from flallm.shards import Shards
+from flallm.text import Text
+
+
+@dataclass(frozen=True)
+class Prediction:
+    key: str
+    reference: str
+    hypothesis: str
+
+
+def decode_split(model: Translator, config: Config, split: str, ranks: Ranks, decode: Decode, limit: int = 0) -> tuple[list[Prediction], list[dict]]:
+    """(a prediction for each of the split's clips, in the shards' order; samples left out). On every rank the same."""
+    shards = Shards(config.data.shards, split)
+    clips = Clips(shards, config.data, model.text, config.seed)
+    numbers = np.arange(min(limit, len(shards)) if limit else len(shards))
+    mine = numbers[np.argsort(shards.index["frames"][numbers], kind="stable")][ranks.rank :: ranks.world_size]  # alike in length and work
+    groups = [[(None, int(n)) for n in mine[i : i + decode.batch]] for i in range(0, len(mine), decode.batch)]
+    was_training = model.training
+    model.eval()
+    found, bad = [], []
+    with engine.precision(config.train, ranks.device):
+        for batch in batches(clips, groups, min(1, config.data.workers)):
+            bad += batch.bad
+            if any(batch.keys):
+                found += zip(batch.keys, batch.texts, model.translate(batch.to(ranks.device), decode))
+    model.train(was_training)
+    predictions = [Prediction(*p) for part in ranks.gather(found) for p in part]
+    return sorted(predictions, key=lambda p: p.key), [b for part in ranks.gather(bad) for b in part]
+
+
+def swapped_bleu4(predictions: list[Prediction], convention: str) -> float:
+    """BLEU-4 of the same clips decoded from swapped videos: what the model says of another clip against this clip's
+    reference. As high as the real score when it does not look at its input."""
+    half = len(predictions) // 2
+    hypotheses = [p.hypothesis for p in predictions[half:] + predictions[:half]]
+    return metrics.bleu4(hypotheses, [p.reference for p in predictions], convention)
+
+
+def load_run(run: Path, device: torch.device) -> tuple[Translator, Config]:
+    """The best model of a run folder, ready to translate."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
+    config = cfg.from_dict(Config, cfg.read_yaml(path), str(path))
+    config.llm.path = str((run / "llm").resolve())
+    config.encoder.weights = None
+    model = Translator(config, Text(config.llm), weights=False)
+    checkpoint.load(run, model)
+    return model.to(device).eval(), config
+
+
+def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
+    """Writes predictions/<split>.jsonl and scores/<split>.json of a run and returns the scores."""
+    model, config = load_run(run, ranks.device)
+    predictions, bad = decode_split(model, config, split, ranks, config.decode)
+    hypotheses, references = [p.hypothesis for p in predictions], [p.reference for p in predictions]
+    if not predictions:
+        raise UserError(f"no clip of {split} in {config.data.shards} could be decoded")
+    scores: dict = {}
+    if ranks.first:
+        names = [config.convention, *(c for c in metrics.CONVENTIONS if c != config.convention)]
+        scores = {name: metrics.score(hypotheses, references, name) for name in names}
+        scores["swapped_bleu4"] = swapped_bleu4(predictions, config.convention)
+        scores["bad_samples"] = len(bad)
+        for folder, name, text in (
+            ("predictions", f"{split}.jsonl", "".join(json.dumps(vars(p), ensure_ascii=False) + "\n" for p in predictions)),
+            ("scores", f"{split}.json", json.dumps(scores, indent=1)),
+        ):
+            (run / folder).mkdir(exist_ok=True)
+            (run / folder / name).write_text(text)
+        note_bad_samples(run, bad)
+    return scores
+
+
+def note_bad_samples(run: Path, bad: list[dict]) -> None:
+    with open(run / "bad_samples.jsonl", "a") as file:
+        file.writelines(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
+
+
+def translate(run: Path, videos: list[str], device: torch.device) -> list[str]:
+    """A sentence for each video file."""
+    for path in videos:
+        if not Path(path).is_file():
+            raise UserError(f"{path} does not exist")
+    model, config = load_run(run, device)
+    sentences = []
+    for path in videos:
+        try:
+            frames = video.decode(path, config.data.resize, config.data.stride, config.data.max_frames)
+        except (ValueError, OSError, video.av.FFmpegError) as error:
+            raise UserError(f"{path} cannot be decoded: {error}") from None
+        clip = torch.from_numpy(np.ascontiguousarray(video.centre_crop(frames, config.data.crop)))
+        batch = Batch(clip, torch.tensor([len(clip)]), torch.zeros(1, 1, dtype=torch.long), [path], [""], [])
+        with engine.precision(config.train, device):
+            sentences += model.translate(batch.to(device), config.decode)
+    return sentences

@@ -1,0 +1,32 @@
+"""Light-T, the light translation model of stage 1: an mBART-shaped transformer with its LM head untied.
+
+With a vocabulary of 2,429 its four sizes have the parameters of the paper's Table 7: 3.61, 18.25, 25.61 and 124.66 M.
+"""
+
+from transformers import MBartConfig, MBartForConditionalGeneration
+
+from flallm.config import LightT
+from flallm.model.llm import ATTENTION
+from flallm.text import Text
+
+
+def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
+    """A randomly initialised Light-T for the tokens of `text`."""
+    shape = {}
+    for side in ("encoder", "decoder"):
+        shape |= {f"{side}_layers": config.layers, f"{side}_attention_heads": config.heads, f"{side}_ffn_dim": config.ffn}
+    return MBartForConditionalGeneration(
+        MBartConfig(
+            vocab_size=len(text),
+            d_model=config.width,
+            dropout=config.dropout,
+            attention_dropout=0.0,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+            pad_token_id=text.pad,
+            eos_token_id=text.end,
+            decoder_start_token_id=text.start,
+            attn_implementation=ATTENTION,
+            **shape,
+        )
+    )
