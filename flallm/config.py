@@ -138,6 +138,15 @@ def from_dict(cls, values: dict, where: str):
     return cls(**kwargs)
 
 
+def from_options(cls, options: dict[str, str]):
+    """A flat dataclass from `--name=value`s."""
+    hints = typing.get_type_hints(cls)
+    for name in options:
+        if name not in hints:
+            raise UserError(f"unknown option --{name}{_suggest(name, hints, '--')}")
+    return from_dict(cls, options, "options")
+
+
 def override(config: Config, overrides: dict[str, object]) -> Config:
     """The config with `{"a.b": value}` put in."""
     known = flat(config)
@@ -190,14 +199,16 @@ def _suggest(name: str, known, dashes: str = "") -> str:
 
 
 def _coerce(value, hint, where: str):
-    """The value as the field's type: YAML reads 1e-3 as text, and Fire guesses types."""
+    """The value as the field's type: YAML reads 1e-3 as text, and on the command line everything is text."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    if type(None) in options and (value is None or value in ("null", "none", "None")):
         return None
     kind = next(o for o in options if o is not type(None))
     try:
         if is_dataclass(kind) and isinstance(value, dict):
             return from_dict(kind, value, where)
+        if typing.get_origin(kind) is tuple and isinstance(value, str):
+            value = [v for v in value.strip("[]()").split(",") if v.strip()]
         if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
             item = typing.get_args(kind)[0]
             return tuple(_coerce(v, item, where) for v in value)
@@ -205,8 +216,8 @@ def _coerce(value, hint, where: str):
             return float(value)
         if kind is int and isinstance(value, int | float | str) and not isinstance(value, bool) and float(value).is_integer():
             return int(float(value))
-        if kind is bool and isinstance(value, bool):
-            return value
+        if kind is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
         if kind is str and isinstance(value, str | int | float):
             return str(value)
     except ValueError:

@@ -1,8 +1,117 @@
 """Makes the WebDataset shards that flallm trains on: `python tools/make_shards.py CORPUS … --out DIR`."""
 
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
-from flallm.cli import run
-from flallm.make_shards import COMMANDS
+from fire.decorators import SetParseFn
 
-sys.exit(run(COMMANDS, "make_shards.py"))
+from flallm import UserError, cli, config
+from flallm.corpora import Clip
+from flallm.shards import Options, make_shards
+
+ENCODING = """
+    Encoding, for every corpus:
+        --short_side=256   pixels of the short side; a smaller source is not enlarged
+        --fps=N            frames per second; the source's where it is not given
+        --crf=20           x264's quality, lower is better
+        --gop=96           frames between keyframes
+        --per_shard=500    clips a shard
+        --processes=N      encoders at a time; one a core where it is not given
+"""
+
+
+@SetParseFn(str)
+def synthetic(*, out: str, seed: str = "0", train: str = "2400", dev: str = "100", test: str = "250", size: str = "72", **options: str) -> cli.Job:
+    """The embedded corpus: sentences of a small grammar, signed by procedural signers.
+
+    Args:
+        out: the folder to write into
+        seed: of everything random
+        train: clips in train
+        dev: clips in dev
+        test: clips in test, by signers that are in no other split
+        size: pixels of a frame's sides
+        options: encoding, see --help of the tool
+    """
+    from flallm.corpora import synthetic
+
+    numbers = {name: _whole(name, value) for name, value in (("seed", seed), ("train", train), ("dev", dev), ("test", test), ("size", size))}
+    return _job(lambda: synthetic.clips(**numbers), out, options, {"name": "synthetic", **numbers})
+
+
+@SetParseFn(str)
+def manifest(table: str, *, out: str, root: str | None = None, **options: str) -> cli.Job:
+    """Any data set: a table of videos (or folders of frames) and their texts.
+
+    Args:
+        table: .csv, .tsv or .jsonl with the columns video, text, split, and optionally key, start, end (seconds), gloss, signer
+        out: the folder to write into
+        root: what the paths in `video` are relative to; the table's folder where it is not given
+        options: encoding, see --help of the tool
+    """
+    from flallm.corpora import manifest
+
+    return _job(lambda: manifest.clips(Path(table), Path(root) if root else Path(table).parent), out, options, {"name": "manifest", "table": Path(table).name})
+
+
+@SetParseFn(str)
+def phoenix14t(release: str, *, out: str, **options: str) -> cli.Job:
+    """PHOENIX-2014-T from its official tree.
+
+    Args:
+        release: the folder PHOENIX-2014-T-release-v3 or the PHOENIX-2014-T in it
+        out: the folder to write into
+        options: encoding, see --help of the tool
+    """
+    from flallm.corpora import phoenix14t
+
+    return _job(lambda: phoenix14t.clips(Path(release)), out, options, {"name": "phoenix14t"})
+
+
+@SetParseFn(str)
+def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
+    """The labels.train, labels.dev, labels.test files of GFSLT-VLP and its descendants.
+
+    Args:
+        folder: where labels.* lie
+        root: what their imgs_path are relative to
+        out: the folder to write into
+        options: encoding, see --help of the tool
+    """
+    from flallm.corpora import labels
+
+    return _job(lambda: labels.clips(Path(folder), Path(root)), out, options, {"name": "labels"})
+
+
+def _whole(name: str, value: str) -> int:
+    if not value.isdigit():
+        raise UserError(f"--{name}: {value!r} is not a whole number")
+    return int(value)
+
+
+def _job(clips, out: str, options: dict[str, str], corpus: dict) -> cli.Job:
+    processes = options.pop("processes", None)
+    encoding = config.from_options(Options, options)
+
+    def work() -> None:
+        found: Iterable[Clip] = clips()
+        dataset = make_shards(found, out, encoding, corpus, _whole("processes", processes) if processes else None)
+        for split, counts in dataset["splits"].items():
+            print(f"{split}: {counts['clips']} clips, {counts['frames']} frames")
+        print(f"rows kept: sha256 {dataset['rows_sha256'][:16]}…, left out: {len(dataset['left_out'])}")
+        for row in dataset["left_out"][:10]:
+            print(f"  {row['split']} {row['key']}: {row['cause']}")
+        if len(dataset["left_out"]) > 10:
+            print(f"  … all are listed in {out}/dataset.json")
+
+    return cli.Job(work)
+
+
+COMMANDS = {"synthetic": synthetic, "manifest": manifest, "phoenix14t": phoenix14t, "labels": labels}
+
+if __name__ == "__main__":
+    if sys.argv[1:] in ([], ["--help"]):
+        print(__doc__ + "\nCORPUS is one of these, each with --help: " + ", ".join(COMMANDS) + "\n" + ENCODING)
+        sys.exit(0)
+    sys.exit(cli.run(COMMANDS, "make_shards.py"))

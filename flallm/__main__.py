@@ -1,0 +1,3 @@
+from flallm.cli import main
+
+main()

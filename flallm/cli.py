@@ -1,0 +1,174 @@
+"""Every command. Fire reads the command line; a command checks it and returns its work, which starts once all is read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fire
+from fire.decorators import SetParseFn
+
+from flallm import UserError, config
+
+
+class Job:
+    """Work that waits until Fire has accepted the whole command line."""
+
+    def __init__(self, work: Callable[[], object]):
+        self._work = work
+
+
+@SetParseFn(str)
+def demo(*, out: str = "flallm-demo") -> Job:
+    """The whole job on an embedded corpus: shards, stage 1, stage 2, scores and a translated clip, in some ten minutes on two cores.
+
+    Args:
+        out: the folder to write into
+    """
+    from flallm.demo import demo
+
+    return Job(lambda: demo(Path(out)))
+
+
+@SetParseFn(str)
+def stage1(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
+    """Visual initialing: trains the visual encoder with a light translation model (Light-T) behind it.
+
+    Args:
+        recipe: a built-in name such as demo, or the path of a YAML file
+        run_dir: the folder of the run; runs/<recipe>-stage1 where it is not given
+        overrides: fields of the recipe, as in --train.steps=100 --data.shards=DIR
+    """
+    return _training("stage1", recipe, run_dir, overrides)
+
+
+@SetParseFn(str)
+def stage2(recipe: str, *, stage1: str, run_dir: str | None = None, **overrides: str) -> Job:
+    """LLM fine-tuning: trains a large language model on the frozen visual encoder of a stage-1 run.
+
+    Args:
+        recipe: a built-in name such as demo, or the path of a YAML file
+        stage1: the folder of the finished stage-1 run
+        run_dir: the folder of the run; runs/<recipe>-stage2 where it is not given
+        overrides: fields of the recipe, as in --train.lr_language=1e-5 --llm.path=DIR
+    """
+    return _training("stage2", recipe, run_dir, overrides, Path(stage1))
+
+
+@SetParseFn(str)
+def joint(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
+    """The end-to-end baseline: encoder and large language model trained together, nothing frozen.
+
+    Args:
+        recipe: a built-in name such as demo, or the path of a YAML file
+        run_dir: the folder of the run; runs/<recipe>-joint where it is not given
+        overrides: fields of the recipe, as in --train.steps=100
+    """
+    return _training("joint", recipe, run_dir, overrides)
+
+
+def _training(stage: str, recipe: str, run_dir: str | None, overrides: dict[str, str], stage1: Path | None = None) -> Job:
+    resolved = config.load(recipe, stage, overrides)
+    run = Path(run_dir or f"runs/{resolved.name or Path(recipe).stem}-{stage}")
+
+    def work() -> None:
+        from flallm.train import train
+
+        with _ranks() as ranks:
+            train(resolved, run, ranks, stage1)
+
+    return Job(work)
+
+
+@SetParseFn(str)
+def evaluate(run: str, *, split: str = "test") -> Job:
+    """Decodes a split with a run's best checkpoint, and writes predictions/<split>.jsonl and scores/<split>.json.
+
+    Args:
+        run: the folder of a run
+        split: train, dev or test
+    """
+
+    def work() -> None:
+        from flallm.evaluate import evaluate
+
+        with _ranks() as ranks:
+            scores = evaluate(Path(run), split, ranks)
+            if ranks.first:
+                print(json.dumps(scores, indent=1))
+
+    return Job(work)
+
+
+@SetParseFn(str)
+def translate(run: str, *videos: str) -> Job:
+    """Prints a sentence for each video file.
+
+    Args:
+        run: the folder of a run
+        videos: files that FFmpeg can read
+    """
+    if not videos:
+        raise UserError("translate needs at least one video file")
+
+    def work() -> None:
+        from flallm.evaluate import translate
+
+        with _ranks() as ranks:
+            for path, sentence in zip(videos, translate(Path(run), list(videos), ranks.device)):
+                print(f"{path}\t{sentence}" if len(videos) > 1 else sentence)
+
+    return Job(work)
+
+
+@contextlib.contextmanager
+def _ranks():
+    """The ranks for the work of one command."""
+    from flallm import engine
+
+    try:
+        yield engine.join()
+    finally:
+        engine.leave()
+
+
+COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, translate)}
+
+
+def run(commands: dict[str, Callable], name: str) -> int:
+    """Runs the command of sys.argv; returns the exit code: 0 done, 2 the user's mistake (one line)."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            job = fire.Fire(commands, name=name, serialize=lambda _: None)
+    except fire.core.FireExit as exit:
+        if exit.code == 0:
+            print(said.getvalue())
+            return 0
+        line = next((x for x in said.getvalue().splitlines() if x.startswith("ERROR: ")), "ERROR: what is meant?")
+        return _mistake(name, f"{line.removeprefix('ERROR: ')} (see {name} --help)")
+    except UserError as error:
+        return _mistake(name, error)
+    if not isinstance(job, Job):
+        print(f"{name}: one of these commands is needed, each with --help: {', '.join(commands)}")
+        return 0 if len(sys.argv) == 1 else 2
+    try:
+        job._work()
+    except UserError as error:
+        return _mistake(name, error)
+    return 0
+
+
+def _mistake(name: str, error: object) -> int:
+    print(f"{name}: {error}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
+    sys.exit(run(COMMANDS, "flallm"))

@@ -1,0 +1,86 @@
+"""`flallm demo`: the whole job on the embedded corpus, by the functions the commands call."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from flallm import UserError, config
+from flallm.corpora import synthetic
+from flallm.shards import Options, Shards, make_shards
+
+RANKS = 2
+SENTENCES = 20_000  # that the language model reads; none of them is a test sentence of three signs or more
+
+
+def demo(out: Path) -> None:
+    for stage in ("stage1", "stage2"):
+        if (out / stage).exists():
+            raise UserError(f"{out / stage} is there already: remove {out} or name another folder with --out")
+    seconds: dict[str, float] = {}
+    with _step("1/5  shards: a synthetic signer, rendered and encoded", seconds):
+        dataset = make_shards(synthetic.clips(), out / "shards", Options(short_side=72, crf=22, per_shard=250), {"name": "synthetic"})
+        print(", ".join(f"{split} {n['clips']} clips" for split, n in dataset["splits"].items()), flush=True)
+    from flallm import engine
+    from flallm.evaluate import translate
+    from flallm.pretrain import pretrain
+
+    with _step("2/5  language model: a small mBART, pre-trained on text of the same language", seconds):
+        if not (out / "llm").exists():
+            pretrain([text for _, text in synthetic.sentences("text", SENTENCES)], out / "llm")
+    with _step(f"3/5  stage 1 and 4/5  stage 2, on {RANKS} ranks under ZeRO-2", seconds):
+        engine.launch(_stages, RANKS, out)
+    with _step("5/5  one clip", seconds):
+        test = Shards(out / "shards", "test")
+        video, meta = test.read(len(test) // 2)
+        (out / "clip.mp4").write_bytes(video)
+        import torch
+
+        print(f"$ flallm translate {out / 'stage2'} {out / 'clip.mp4'}\n{translate(out / 'stage2', [str(out / 'clip.mp4')], torch.device('cpu'))[0]}")
+        print(f"(reference: {meta['text']})")
+    _summary(out)
+
+
+@contextmanager
+def _step(title: str, seconds: dict[str, float]):
+    print(f"\n== {title}", flush=True)
+    began = time.monotonic()
+    yield
+    seconds[title] = time.monotonic() - began
+    print(f"   {seconds[title]:.0f} s", flush=True)
+
+
+def _stages(out: Path) -> None:
+    """What every rank does: both stages, each with its scores on test."""
+    from flallm import engine
+    from flallm.evaluate import evaluate
+    from flallm.train import train
+
+    ranks = engine.join()
+    for stage in ("stage1", "stage2"):
+        began = time.monotonic()
+        resolved = config.load("demo", stage, {"data.shards": str(out / "shards"), "llm.path": str((out / "llm").resolve())})
+        train(resolved, out / stage, ranks, out / "stage1")
+        evaluate(out / stage, "test", ranks)
+        if ranks.first:
+            (out / stage / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}\n")
+
+
+def _summary(out: Path) -> None:
+    print("\n          BLEU-4 [95 % interval]    ROUGE-L   swapped videos   training and scoring")
+    for stage in ("stage1", "stage2"):
+        scores = json.loads((out / stage / "scores/test.json").read_text())
+        bleu, rouge = scores["raw"]["bleu4"], scores["raw"]["rouge_l"]["value"]
+        low, high = bleu["ci95"]
+        seconds = (out / stage / "seconds.txt").read_text().strip()
+        print(f"{stage}    {bleu['value']:6.2f} [{low:.2f}, {high:.2f}]       {rouge:6.2f}    {scores['swapped_bleu4']:6.2f}           {seconds} s")
+    predictions = [json.loads(line) for line in (out / "stage2/predictions/test.jsonl").read_text().splitlines()]
+    print(f"\n{len(predictions)} test sentences by signers that training has not seen (raw convention: {scores['raw']['signature']['bleu']}). Five of them:")
+    longest_first = sorted(predictions, key=lambda p: -len(p["reference"].split()))
+    for p in longest_first[:: len(predictions) // 5][:5]:
+        print(f"  reference   {p['reference']}\n  hypothesis  {p['hypothesis']}\n")
+    print("Written:")
+    for what, path in (("shards", "shards"), ("language model", "llm"), ("stage 1", "stage1"), ("stage 2", "stage2"), ("curves", "stage*/tensorboard")):
+        print(f"  {what:15} {out / path}")
