@@ -76,6 +76,7 @@ class Train:
     warmup: float = 0.0  # share of the steps in which the rates rise from 0; then a cosine falls to 0
     clip: float = 1.0  # largest norm of the gradient
     label_smoothing: float = 0.2  # [P]
+    word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
     deepspeed: str | None = None  # a DeepSpeed JSON file; none: ds_configs/zero2.json, without a GPU zero2_cpu.json
     log_every: int = 50  # steps
@@ -149,7 +150,7 @@ def from_options(cls, options: dict[str, str]):
 
 def override(config: Config, overrides: dict[str, object]) -> Config:
     """The config with `{"a.b": value}` put in."""
-    known = flat(config)
+    known = [name for name in flat(config) if name != "stage"]
     for name, value in overrides.items():
         if name not in known:
             raise UserError(f"unknown option --{name}{_suggest(name, known, '--')}")
@@ -194,7 +195,7 @@ def _suggest(name: str, known, dashes: str = "") -> str:
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
     leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, 1, 0.6)
     whole = difflib.get_close_matches(name, list(known), 1, 0.6)
-    match = whole or [by_leaf[m] for m in leaf]
+    match = [by_leaf[m] for m in leaf] or whole
     return f": did you mean {dashes}{match[0]}?" if match else f" (it has: {', '.join(known)})" if not dashes else ": see the recipe for its fields"
 
 

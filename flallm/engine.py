@@ -108,7 +108,8 @@ def parameter_groups(model: Translator, config: Train) -> list[dict]:
     """One group for each part that trains, with its own learning rate."""
     groups = []
     for part in ("encoder", "adapter", "language"):
-        params = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        modules = [getattr(model, part)] + ([model.words] if part == "adapter" and model.word_loss else [])
+        params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if params:
             groups.append({"name": part, "params": params, "lr": getattr(config, f"lr_{part}")})
     return groups
@@ -160,8 +161,8 @@ def train_step(engine, batches: list[Batch], ranks: Ranks) -> tuple[float, float
     factor = ranks.world_size * len(batches) / max(1.0, ranks.sum(tokens)[0])
     total = 0.0
     for batch in batches:
-        loss = engine(batch.to(ranks.device))
-        engine.backward(loss * factor)
+        objective, loss = engine(batch.to(ranks.device))
+        engine.backward(objective * factor)
         engine.step()
-        total += loss.detach()
+        total += loss
     return float(total), tokens

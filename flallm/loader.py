@@ -74,8 +74,8 @@ class Clips(Dataset):
     def collate(self, samples: list[dict]) -> Batch:
         good = [s for s in samples if "frames" in s]
         bad = [s for s in samples if "frames" not in s]
-        if not good:  # a rank must take part in the step all the same: one black frame, no label
-            blank = np.zeros((1, self.data.crop, self.data.crop, 3), np.uint8)
+        if not good:  # a rank must take part in the step all the same: two black frames, no label
+            blank = np.zeros((2, self.data.crop, self.data.crop, 3), np.uint8)
             good = [{"key": "", "frames": blank, "text": "", "labels": [IGNORE]}]
         frames = torch.from_numpy(np.concatenate([s["frames"] for s in good]))
         lengths = torch.tensor([len(s["frames"]) for s in good])

@@ -18,7 +18,7 @@ CONVENTIONS = {
     "raw": {"tokenize": "none", "smooth_method": "none", "force": True},
     "13a": {"tokenize": "13a", "smooth_method": "exp"},
 }
-RESAMPLES, SEED = 1000, 12345  # of the bootstrap, sacreBLEU's own numbers
+RESAMPLES, SEED = 1000, 12345  # of the bootstrap, as in sacreBLEU
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> dict:
@@ -46,11 +46,15 @@ def bleu4(hypotheses: Sequence[str], references: Sequence[str], convention: str)
 
 
 def _with_interval(metric, hypotheses: list[str], references: list[str]) -> dict:
-    result = metric.corpus_score(hypotheses, [references], n_bootstrap=RESAMPLES if len(references) > 1 else 1)
-    margin = getattr(result, "_ci", -1)
-    mean = getattr(result, "_mean", result.score)
-    low, high = (mean - margin, mean + margin) if margin >= 0 else (result.score, result.score)
-    return {"value": result.score, "ci95": [min(low, result.score), max(high, result.score)]}
+    """A sacreBLEU score with the percentiles of its bootstrap (Koehn 2004), from the sentences' own statistics."""
+    statistics = np.array(metric._extract_corpus_statistics(hypotheses, [references]))
+    resampled = [metric._compute_score_from_stats(s.tolist()).score for s in statistics[_resampled(len(statistics))].sum(1)]
+    return _scored(metric.corpus_score(hypotheses, [references]).score, resampled)
+
+
+def _scored(value: float, resampled) -> dict:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {"value": float(value), "ci95": [min(float(low), float(value)), max(float(high), float(value))]}
 
 
 def _resampled(count: int) -> np.ndarray:
@@ -58,8 +62,7 @@ def _resampled(count: int) -> np.ndarray:
 
 
 def _mean_with_interval(values: np.ndarray) -> dict:
-    means = values[_resampled(len(values))].mean(1)
-    return {"value": float(values.mean()), "ci95": np.percentile(means, [2.5, 97.5]).tolist()}
+    return _scored(values.mean(), values[_resampled(len(values))].mean(1))
 
 
 def _wer(hypotheses: list[str], references: list[str]) -> dict:
@@ -69,7 +72,7 @@ def _wer(hypotheses: list[str], references: list[str]) -> dict:
     words = np.array([len(r.split()) for r in references])
     picks = _resampled(len(words))
     rates = 100 * errors[picks].sum(1) / np.maximum(1, words[picks].sum(1))
-    return {"value": float(100 * errors.sum() / max(1, words.sum())), "ci95": np.percentile(rates, [2.5, 97.5]).tolist()}
+    return _scored(100 * errors.sum() / max(1, words.sum()), rates)
 
 
 def rouge_l(hypothesis: str, reference: str, beta: float = 1.2) -> float:

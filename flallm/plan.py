@@ -13,7 +13,7 @@ import numpy as np
 
 from flallm import UserError
 
-POOL = 8  # batches that are sorted by length together: less padding, still mixed
+POOL = 2  # batches that are sorted by length together; of more, the loss of a step says more of its length than of the model
 
 
 class Plan:

@@ -77,12 +77,14 @@ def schedule(config: Train, step: int, total: int) -> float:
 
 def look_at_dev(model: Translator, config: Config, run: Path, ranks: Ranks, log: Log, step: int) -> None:
     """BLEU-4 on dev, greedy, of the real and of swapped videos; a checkpoint of the model."""
+    began = time.monotonic()
     greedy = replace(config.decode, beam=1, batch=max(config.decode.batch, 32))
     predictions, _ = decode_split(model, config, "dev", ranks, greedy, config.train.dev_clips)
     real = bleu4([p.hypothesis for p in predictions], [p.reference for p in predictions], config.convention)
     log.dev(step, real, swapped_bleu4(predictions, config.convention))
     if ranks.first:
         checkpoint.save(run, step, real, model)
+    log.leave_out(time.monotonic() - began)
 
 
 class Log:
@@ -142,13 +144,15 @@ class Log:
         )
 
     def dev(self, step: int, real: float, swapped: float) -> None:
-        spent = time.monotonic() - self.last
-        self.last += spent
-        self.outside += spent
         self._write(step, {"dev_bleu4": real, "dev_bleu4_swapped": swapped})
         self._print(f"step {step}/{self.total}  dev BLEU-4 {real:.2f}, from swapped videos {swapped:.2f}")
         if real < 2 * swapped + 1 and step > self.total / 4:
             self._print("warning: dev scores are no better with the right video than with another: the model does not look at its input yet")
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that is not to be counted as training."""
+        self.last += seconds
+        self.outside += seconds
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.ranks.first:

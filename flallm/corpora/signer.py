@@ -118,14 +118,14 @@ def make_signer(seed: int) -> Signer:
         background=tuple(int(c) for c in background),
         shoulders=rng.uniform(0.18, 0.23),
         head=rng.uniform(0.105, 0.125),
-        hand=rng.uniform(0.046, 0.054),
+        hand=rng.uniform(0.060, 0.068),
         speed=rng.uniform(0.88, 1.15),
         x=0.5 + rng.uniform(-0.04, 0.04),
-        y=0.50 + rng.uniform(-0.03, 0.03),
-        scale=rng.uniform(0.93, 1.06),
+        y=0.53 + rng.uniform(-0.03, 0.03),
+        scale=rng.uniform(1.04, 1.16),
         long_hair=bool(rng.integers(2)),
         jitter=rng.uniform(0.001, 0.005),
-        noise=rng.uniform(1, 4),
+        noise=rng.uniform(0.5, 2.5),
     )
 
 

@@ -15,7 +15,7 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
     shape = {}
     for side in ("encoder", "decoder"):
         shape |= {f"{side}_layers": config.layers, f"{side}_attention_heads": config.heads, f"{side}_ffn_dim": config.ffn}
-    return MBartForConditionalGeneration(
+    model = MBartForConditionalGeneration(
         MBartConfig(
             vocab_size=len(text),
             d_model=config.width,
@@ -30,3 +30,6 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
             **shape,
         )
     )
+    # Untying the head unties the word embeddings of encoder and decoder as well; the paper's counts have one of them.
+    model.model.set_input_embeddings(model.model.shared)
+    return model

@@ -29,6 +29,9 @@ class Translator(nn.Module):
         # The adapter's output takes the place of the word embeddings, which mBART scales before it adds positions.
         self.scale = math.sqrt(D) if self.language.config.scale_embedding else 1.0
         self.adapter = nn.Sequential(nn.Linear(C, D), nn.ReLU(), nn.Linear(D, D))  # [P] one hidden layer, C -> D
+        self.word_loss = config.train.word_loss
+        if self.word_loss:
+            self.words = nn.Linear(C, len(text))
         if config.stage == "stage2":
             self.encoder.freeze()
 
@@ -37,20 +40,35 @@ class Translator(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder.frozen):
             return self.encoder(batch.frames, batch.lengths)
 
-    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _read(self, features: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the language model reads: embeddings (B, N, D), and a mask (B, N) of those that are not padding."""
-        embeddings = self.adapter(self.features(batch)) * self.scale  # (F, D)
-        padded = nn.utils.rnn.pad_sequence(embeddings.split(batch.lengths.tolist()), batch_first=True)
-        mask = torch.arange(padded.shape[1])[None] < batch.lengths[:, None]
+        embeddings = self.adapter(features) * self.scale  # (F, D)
+        padded = nn.utils.rnn.pad_sequence(embeddings.split(lengths.tolist()), batch_first=True)
+        mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
         return {"inputs_embeds": padded, "attention_mask": mask.to(padded.device, torch.long)}
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """The sum of the cross-entropies of all target tokens, with label smoothing."""
-        labels = batch.labels
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens."""
+        features, labels = self.features(batch), batch.labels
         before = torch.where(labels == IGNORE, self.text.pad, labels)[:, :-1]
         start = before.new_full((len(labels), 1), self.text.start)
-        logits = self.language(**self._inputs(batch), decoder_input_ids=torch.cat([start, before], 1), use_cache=False).logits  # (B, L, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, label_smoothing=self.label_smoothing, reduction="sum")
+        inputs = self._read(features, batch.lengths)
+        logits = self.language(**inputs, decoder_input_ids=torch.cat([start, before], 1), use_cache=False).logits  # (B, L, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, label_smoothing=self.label_smoothing, reduction="sum")
+        if not self.word_loss:
+            return loss, loss.detach()
+        return loss + self.word_loss * self._word_loss(features, batch), loss.detach()
+
+    def _word_loss(self, features: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """IBM Model 1 (Brown et al. 1993) from frames to words: each token of the text is explained by some frame,
+        p(token | clip) = mean over its frames of p(token | frame), whatever the order. It needs no gloss, and it
+        gives the encoder a gradient that does not pass through a language model which can do without looking."""
+        words = self.words(features).float().log_softmax(-1)  # (F, V)
+        total = words.new_zeros(())
+        for frames, tokens in zip(words.split(batch.lengths.tolist()), batch.labels):
+            tokens = tokens[(tokens != IGNORE) & (tokens != self.text.end)]
+            total = total - (frames[:, tokens].logsumexp(0) - math.log(len(frames))).sum()
+        return total
 
     @torch.no_grad()
     def translate(self, batch: Batch, decode: Decode) -> list[str]:
@@ -63,4 +81,4 @@ class Translator(nn.Module):
             eos_token_id=self.text.end,
             pad_token_id=self.text.pad,
         )
-        return [self.text.decode(ids) for ids in self.language.generate(**self._inputs(batch), generation_config=options)]
+        return [self.text.decode(ids) for ids in self.language.generate(**self._read(self.features(batch), batch.lengths), generation_config=options)]

@@ -1,0 +1,22 @@
+# make install | make demo | make test | make lint
+PYTHON ?= python3
+export HF_HUB_OFFLINE = 1
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install
+	.venv/bin/flallm demo
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+test: install
+	.venv/bin/python -m pytest
+
+.PHONY: install demo lint test

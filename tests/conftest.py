@@ -1,0 +1,52 @@
+"""What tests share: a small corpus in shards and a small language model, made once a session by the product itself."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from flallm import config as cfg
+from flallm.corpora import synthetic
+from flallm.shards import Options, make_shards
+
+SMALL = {
+    "encoder.stem": 8,
+    "encoder.widths": [8, 16, 16, 32],
+    "encoder.channels": 32,
+    "light_t.width": 32,
+    "light_t.ffn": 64,
+    "data.resize": 36,
+    "data.crop": 32,
+    "data.workers": 0,
+    "train.precision": "fp32",
+}
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "shards"
+    make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), folder, Options(per_shard=10), {"name": "synthetic"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory) -> Path:
+    from flallm.pretrain import pretrain
+
+    folder = tmp_path_factory.mktemp("llm") / "llm"
+    pretrain([text for _, text in synthetic.sentences("text", 3000)], folder, layers=1, width=48, heads=2, steps=2)
+    return folder
+
+
+@pytest.fixture
+def small(shards, llm):
+    """The demo's recipe at a size for tests: `small("stage1", **overrides)`."""
+
+    def make(stage: str, overrides: dict | None = None) -> cfg.Config:
+        return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **(overrides or {})})
+
+    return make

@@ -1,0 +1,67 @@
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flallm import cli
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
+
+def flallm(*arguments, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "flallm", *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_names_and_options_are_frozen():
+    """People script against these: a change here is a change of the contract."""
+    import make_shards
+
+    def options(commands):
+        return {name: list(inspect.signature(f).parameters) for name, f in commands.items()}
+
+    assert options(cli.COMMANDS) == {
+        "demo": ["out"],
+        "stage1": ["recipe", "run_dir", "overrides"],
+        "stage2": ["recipe", "stage1", "run_dir", "overrides"],
+        "joint": ["recipe", "run_dir", "overrides"],
+        "evaluate": ["run", "split"],
+        "translate": ["run", "videos"],
+    }
+    assert options(make_shards.COMMANDS) == {
+        "synthetic": ["out", "seed", "train", "dev", "test", "size", "options"],
+        "manifest": ["table", "out", "root", "options"],
+        "phoenix14t": ["release", "out", "options"],
+        "labels": ["folder", "root", "out", "options"],
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["stage1", "demo", "--stesp=5"], "did you mean --train.steps?"),
+        (["stage1", "demo", "--train.lr_encodr=5"], "did you mean --train.lr_encoder?"),
+        (["stage1", "demo", "--train.steps=many"], "--train.steps: 'many' is not a whole number"),
+        (["stage1", "nosuch"], "no recipe 'nosuch'"),
+        (["stage1", "bad.yaml"], "bad.yaml: data: workers: 'two' is not a whole number"),
+        (["stage1", "demo", "stray"], "stray"),
+        (["stage2", "demo"], "stage1"),
+        (["evaluate", "."], "is no run folder"),
+        (["translate", ".", "none.mp4"], "none.mp4 does not exist"),
+        (["nosuch"], "nosuch"),
+        (["stage1", "demo", "--data.shards=none"], "make them with tools/make_shards.py"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text("data: {workers: two}\n")
+    result = flallm(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("flallm: ")]
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]  # nothing written
+
+
+def test_help_names_every_option(tmp_path):
+    result = flallm("stage2", "--help", cwd=tmp_path)
+    assert result.returncode == 0 and "run_dir" in result.stdout and "stage1" in result.stdout

@@ -1,0 +1,137 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from flallm import checkpoint, config as cfg
+from flallm.loader import Batch, Clips
+from flallm.model.light_t import light_t
+from flallm.model.translator import Translator
+from flallm.model.visual_encoder import VisualEncoder
+from flallm.shards import Shards
+from flallm.text import Text
+
+
+@pytest.fixture
+def setting(small):
+    torch.manual_seed(0)
+    config = small("stage1")
+    text = Text(config.llm)
+    model = Translator(config, text).eval()
+    clips = Clips(Shards(config.data.shards, "train"), config.data, text, 0)
+    return config, model, clips
+
+
+def batch_of(clips: Clips, *numbers: int) -> Batch:
+    return clips.collate([clips[(None, n)] for n in numbers])
+
+
+def test_the_result_of_a_clip_does_not_depend_on_its_batch(setting):
+    config, model, clips = setting
+    numbers = range(8)
+    together = batch_of(clips, *numbers)
+    assert len(set(together.lengths.tolist())) > 2  # or padding is not tested
+    alone = [batch_of(clips, n) for n in numbers]
+    with torch.no_grad():
+        features = torch.cat([model.features(b) for b in alone])
+        torch.testing.assert_close(model.features(together), features, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(together)[0], sum(model(b)[0] for b in alone), rtol=1e-5, atol=1e-4)
+    assert model.translate(together, config.decode) == [model.translate(b, config.decode)[0] for b in alone]
+
+
+def test_beam_search_is_transformers_own(setting):
+    config, model, clips = setting
+    batch = batch_of(clips, 0, 1, 2)
+    embeddings = model.adapter(model.features(batch)).split(batch.lengths.tolist())
+    ours = model.translate(batch, config.decode)
+    for clip, sentence in zip(embeddings, ours):
+        options = GenerationConfig(num_beams=5, max_new_tokens=config.decode.max_tokens, decoder_start_token_id=model.text.start, eos_token_id=2, pad_token_id=1)
+        ids = model.language.generate(inputs_embeds=clip[None], generation_config=options)[0]
+        assert model.text.decode(ids) == sentence
+
+
+@pytest.mark.parametrize("layers,heads,width,ffn,millions", [(1, 4, 256, 1024, 3.61), (2, 4, 512, 2048, 18.25), (3, 8, 512, 2048, 25.61), (4, 8, 1024, 4096, 124.66)])
+def test_light_t_has_the_sizes_of_the_papers_table_7(layers, heads, width, ffn, millions):
+    class Vocabulary:
+        pad, end, start = 1, 2, 0
+
+        def __len__(self):
+            return 2429
+
+    with torch.device("meta"):
+        model = light_t(cfg.LightT(layers, heads, width, ffn), Vocabulary())
+    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) < 0.006
+
+
+def test_resnet18_is_torchvisions(tmp_path):
+    """A checkpoint with torchvision's names and shapes loads; its number of parameters is ResNet18's without the classifier."""
+    encoder = VisualEncoder(cfg.Encoder(global_batch_norm=False))
+    assert sum(p.numel() for p in encoder.backbone.parameters()) == 11_176_512
+    weights = {}
+    for name, tensor in encoder.backbone.state_dict().items():
+        parts = name.split(".")
+        kind = "conv" if parts[-2] == "convolution" else "bn"
+        if parts[0] == "embedder":
+            new = f"{kind}1"
+        elif "shortcut" in parts:
+            new = f"layer{int(parts[2]) + 1}.{parts[4]}.downsample.{'0' if kind == 'conv' else '1'}"
+        else:
+            new = f"layer{int(parts[2]) + 1}.{parts[4]}.{kind}{int(parts[6]) + 1}"
+        weights[f"{new}.{parts[-1]}"] = torch.randn_like(tensor.float()).to(tensor.dtype) if tensor.is_floating_point() else tensor
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv2.weight", "layer4.1.bn2.bias", "layer2.0.downsample.1.weight"} <= set(weights)
+    path = tmp_path / "resnet18.pth"
+    torch.save(weights | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, path)
+    loaded = VisualEncoder(cfg.Encoder(weights=str(path), global_batch_norm=False))
+    assert torch.equal(loaded.backbone.state_dict()["embedder.embedder.convolution.weight"], weights["conv1.weight"])
+
+
+def test_stage_2_loads_the_pretrained_model_and_keeps_its_encoder_frozen(small):
+    config = small("stage2")
+    model = Translator(config, Text(config.llm)).train()
+    assert not model.encoder.training and not any(p.requires_grad for p in model.encoder.parameters())
+    from transformers import MBartForConditionalGeneration
+
+    theirs = MBartForConditionalGeneration.from_pretrained(config.llm.path).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.language.state_dict().items())
+
+
+def test_the_adapter_stands_where_word_embeddings_stood(small):
+    """Word embeddings fed through the adapter's place give mBART's own outputs: scale, positions and LayerNorm as for words."""
+    config = small("stage2")
+    model = Translator(config, Text(config.llm)).eval()
+    ids = torch.tensor([[5, 9, 30, 7, 2]])
+    words = model.language.get_encoder().embed_tokens.weight[ids[0]]
+    model.adapter = torch.nn.Identity()
+    with torch.no_grad():
+        ours = model.language(**model._read(words, torch.tensor([5])), decoder_input_ids=ids).logits
+        torch.testing.assert_close(ours, model.language(input_ids=ids, decoder_input_ids=ids).logits)
+
+
+def test_a_checkpoint_comes_back_and_an_altered_one_is_refused(small, tmp_path):
+    from flallm import UserError
+
+    config = small("stage2")
+    model, other = (Translator(config, Text(config.llm)) for _ in range(2))
+    for step, bleu in ((1, 3.0), (2, 9.0), (3, 5.0), (4, 4.0)):
+        checkpoint.save(tmp_path, step, bleu, model)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-4"}  # the best and the last
+    checkpoint.load(tmp_path, other)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    file = tmp_path / "checkpoints/step-2/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="altered"):
+        checkpoint.load(tmp_path, other)
+
+
+def test_a_bad_clip_in_a_batch_is_named_and_the_rest_goes_on(setting):
+    config, model, clips = setting
+    samples = [clips[(None, 0)], {"key": "gone", "cause": "why"}]
+    batch = clips.collate(samples)
+    assert batch.bad == [{"key": "gone", "cause": "why"}] and len(batch.keys) == 1
+    empty = clips.collate(samples[1:])
+    loss, _ = model.train()(replace(empty))
+    assert empty.tokens == 0 and float(loss) == 0 and np.isfinite(float(loss))

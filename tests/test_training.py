@@ -1,0 +1,152 @@
+"""Training by real ranks. Starting a process group is what costs, so one group of two runs many scenarios, one of one the rest."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flallm import checkpoint, engine, evaluate
+from flallm import config as cfg
+from flallm.corpora import synthetic
+from flallm.loader import Clips
+from flallm.model.translator import Translator
+from flallm.plan import Plan
+from flallm.shards import Options, Shards, make_shards
+from flallm.text import Text
+from flallm.train import train
+
+PLAIN_SGD = {"train.optimizer": "sgd", "train.momentum": 0, "train.lr_encoder": 0.1, "train.lr_adapter": 0.1, "train.lr_language": 0.1}
+GLOBAL = {"encoder.global_batch_norm": True, "train.batch": 12}
+
+
+def model_and_clips(config):
+    torch.manual_seed(0)
+    model = Translator(config, Text(config.llm)).train()
+    shards = Shards(config.data.shards, "train")
+    return model, Clips(shards, config.data, model.text, 0), shards
+
+
+def one_zero2_step(config, out: Path) -> None:
+    ranks = engine.join()
+    model, clips, shards = model_and_clips(config)
+    zero = engine.start_engine(model, config.train, ranks)
+    plan = Plan(shards.index["frames"], config.train.batch, config.train.micro_batches, ranks.world_size, 0)
+    batches = [clips.collate([clips[(0, int(n))] for n in part[ranks.rank]]) for part in plan.step(0, 0)]
+    engine.train_step(zero, batches, ranks)
+    if ranks.first:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out)
+
+
+def two_ranks(configs: dict, out: Path) -> None:
+    for name in ("step1", "step4"):
+        one_zero2_step(configs[name], out / f"{name}.safetensors")
+    ranks = engine.join()
+    train(configs["stage1"], out / "stage1", ranks)
+    train(configs["stage2"], out / "stage2", ranks, out / "stage1")
+    evaluate.evaluate(out / "stage2", "test", ranks)
+
+
+def one_rank(configs: dict, out: Path) -> None:
+    ranks = engine.join()
+    train(configs["stage1"], out / "alone", ranks)
+    train(configs["overfit"], out / "overfit", ranks)
+    evaluate.evaluate(out / "overfit", "dev", ranks)
+
+
+@pytest.fixture(scope="module")
+def runs(shards, llm, tmp_path_factory):
+    from conftest import SMALL
+
+    out = tmp_path_factory.mktemp("runs")
+    clips = list(synthetic.clips(train=8, dev=0, test=0, size=36))
+    make_shards([*clips, *(replace(c, split="dev") for c in clips)], out / "eight", Options(), {"name": "eight"})
+
+    def make(stage, shards=shards, **overrides):
+        return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **overrides})
+
+    short = {"train.steps": 6, "train.log_every": 1, "train.dev_every": 6, **GLOBAL}
+    overfit = {"train.steps": 260, "train.batch": 8, "light_t.width": 128, "encoder.widths": [16, 32, 32, 64], "data.augment.probability": 0, "train.label_smoothing": 0}
+    configs = {
+        "step1": make("stage1", **PLAIN_SGD, **GLOBAL),
+        "step4": make("stage1", **PLAIN_SGD, **GLOBAL, **{"train.micro_batches": 4}),
+        "stage1": make("stage1", **short),
+        "stage2": make("stage2", **short),
+        "overfit": make("stage1", out / "eight", **overfit, **{"train.dev_every": 130}),
+    }
+    engine.launch(two_ranks, 2, configs, out)
+    engine.launch(one_rank, 1, configs, out)
+    return configs, out
+
+
+@pytest.mark.parametrize("name", ["step1", "step4"])
+def test_weights_after_a_zero2_step_on_two_ranks_are_those_of_plain_pytorch_on_the_global_batch(runs, name):
+    configs, out = runs
+    model, clips, shards = model_and_clips(configs[name])
+    micro_batches = Plan(shards.index["frames"], 12, configs[name].train.micro_batches, 1, 0).step(0, 0)
+    batches = [clips.collate([clips[(0, int(n))] for n in part[0]]) for part in micro_batches]
+    tokens = sum(batch.tokens for batch in batches)
+    for batch in batches:
+        (model(batch)[0] / tokens).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 0.1 * (p.grad + 0.01 * p)  # weight decay of the recipe
+    zero2 = load_file(out / f"{name}.safetensors")
+    changed = 0
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(zero2[key], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
+        changed += not torch.equal(tensor, before[key])
+    assert changed > 50
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_losses_are_the_same_on_one_and_two_ranks(runs):
+    _, out = runs
+    alone, two = ([x["loss"] for x in lines(out / run / "metrics.jsonl") if "loss" in x] for run in ("alone", "stage1"))
+    assert len(alone) == 6 and alone[0] != alone[5]
+    assert two == pytest.approx(alone, rel=1e-4)
+
+
+def test_stage_2_leaves_every_tensor_and_buffer_of_the_encoder_as_it_was(runs):
+    _, out = runs
+    before, after = (load_file(checkpoint.best(out / run) / "model.safetensors") for run in ("stage1", "stage2"))
+    names = [name for name in before if name.startswith("encoder.")]
+    assert any("running_var" in name for name in names)
+    assert all(torch.equal(before[name], after[name]) for name in names)
+    assert {n for n in after if n.startswith("encoder.")} == set(names)
+
+
+def test_every_clip_is_evaluated_once_and_the_run_folder_is_whole(runs):
+    configs, out = runs
+    predictions = lines(out / "stage2/predictions/test.jsonl")
+    shards = Shards(configs["stage2"].data.shards, "test")
+    metas = [shards.read(i)[1] for i in range(len(shards))]
+    assert [(p["key"], p["reference"]) for p in predictions] == [(m["key"], m["text"]) for m in metas]
+    scores = json.loads((out / "stage2/scores/test.json").read_text())
+    assert scores["raw"]["num_samples"] == 7 and "tok:none" in scores["raw"]["signature"]["bleu"] and "tok:13a" in scores["13a"]["signature"]["bleu"]
+    assert {"config.yaml", "command.txt", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"} <= {p.name for p in (out / "stage2").iterdir()}
+
+
+def test_eight_clips_are_learnt_by_heart(runs):
+    _, out = runs
+    assert json.loads((out / "overfit/scores/dev.json").read_text())["raw"]["bleu4"]["value"] == pytest.approx(100)
+
+
+def test_a_video_file_is_translated(runs, tmp_path):
+    _, out = runs
+    eight = Shards(out / "eight", "dev")
+    paths, texts = [], []
+    for i in range(2):
+        video, meta = eight.read(i)
+        (tmp_path / f"{i}.mp4").write_bytes(video)
+        paths.append(str(tmp_path / f"{i}.mp4"))
+        texts.append(meta["text"])
+    assert evaluate.translate(out / "overfit", paths, torch.device("cpu")) == texts
