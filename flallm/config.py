@@ -165,7 +165,17 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         raise UserError(f"train.precision: {config.train.precision!r} is neither bf16 nor fp32")
     if config.data.crop > config.data.resize:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
-    for name in ("data.resize", "data.crop", "data.stride", "data.max_frames", "train.batch", "train.micro_batches", "train.log_every", "decode.beam", "decode.batch"):
+    for name in (
+        "data.resize",
+        "data.crop",
+        "data.stride",
+        "data.max_frames",
+        "train.batch",
+        "train.micro_batches",
+        "train.log_every",
+        "decode.beam",
+        "decode.batch",
+    ):
         if flat(config)[name] < 1:
             raise UserError(f"{name}: {flat(config)[name]} is less than 1")
     return config
@@ -191,7 +201,7 @@ def _plain(value):
 
 
 def _suggest(name: str, known, dashes: str = "") -> str:
-    """", did you mean …?" by the whole name or its last part."""
+    """ ", did you mean …?" by the whole name or its last part."""
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
     leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, 1, 0.6)
     whole = difflib.get_close_matches(name, list(known), 1, 0.6)
@@ -223,5 +233,9 @@ def _coerce(value, hint, where: str):
             return str(value)
     except ValueError:
         pass
-    name = "a list of numbers" if typing.get_origin(kind) is tuple else {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(kind, "a section")
+    name = (
+        "a list of numbers"
+        if typing.get_origin(kind) is tuple
+        else {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(kind, "a section")
+    )
     raise UserError(f"{where}: {value!r} is not {name}")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ def join() -> Ranks:
         # Ranks of one machine share its cores; what a launcher does not say is taken from the size of the group.
         here = int(env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or env["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls what torch renames
     import deepspeed
 
     if hasattr(deepspeed.ops, "__compatible_ops__"):  # else every start on a CPU compiles it (79 s), and a killed build locks the next

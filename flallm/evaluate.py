@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flallm import checkpoint, config as cfg, engine, metrics, video
-from flallm import UserError
+from flallm import UserError, checkpoint, engine, metrics, video
+from flallm import config as cfg
 from flallm.config import Config, Decode
 from flallm.engine import Ranks
 from flallm.loader import Batch, Clips, batches

@@ -6,7 +6,6 @@ is put out of order, and the model writes the sentence. The result is an ordinar
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
@@ -21,7 +20,18 @@ from flallm.model.llm import ATTENTION
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
-def pretrain(sentences: list[str], out: Path, *, vocabulary: int = 600, layers: int = 3, width: int = 192, heads: int = 6, steps: int = 1200, batch: int = 64, seed: int = 0) -> None:
+def pretrain(
+    sentences: list[str],
+    out: Path,
+    *,
+    vocabulary: int = 600,
+    layers: int = 3,
+    width: int = 192,
+    heads: int = 6,
+    steps: int = 800,
+    batch: int = 64,
+    seed: int = 0,
+) -> None:
     """Trains a model of `layers` + `layers` layers on the sentences and saves it with its tokenizer to `out`."""
     from transformers import MBartConfig, MBartForConditionalGeneration
 
@@ -37,7 +47,9 @@ def pretrain(sentences: list[str], out: Path, *, vocabulary: int = 600, layers: 
         eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=None, attn_implementation=ATTENTION, **shape,
     )  # fmt: skip
     model = MBartForConditionalGeneration(config).train()
-    print(f"language model: {model.num_parameters() / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(sentences)} sentences, {steps} steps", flush=True)
+    print(
+        f"language model: {model.num_parameters() / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(sentences)} sentences, {steps} steps", flush=True
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     rng, began = np.random.default_rng(seed), time.monotonic()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from flallm import UserError, checkpoint, config as cfg
+from flallm import UserError, checkpoint
+from flallm import config as cfg
 from flallm import engine as engines
 from flallm.config import Config, Train
 from flallm.engine import Ranks
@@ -29,7 +30,10 @@ from flallm.text import Text
 
 def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -> None:
     """Trains a run into its folder. Stage 2 takes its encoder from the best checkpoint of the run `stage1`."""
+    if any(ranks.gather((run / "config.yaml").exists())):
+        raise UserError(f"{run} holds a run already, and runs cannot be resumed yet: remove it or name another --run_dir")
     shards, text = Shards(config.data.shards, "train"), Text(config.llm)
+    Shards(config.data.shards, "dev")  # better missed now than after an epoch
     plan = Plan(shards.index["frames"], config.train.batch, config.train.micro_batches, ranks.world_size, config.seed)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
     model = Translator(config, text)
@@ -104,7 +108,6 @@ class Log:
             (run / "environment.json").write_text(json.dumps(environment(ranks), indent=1))
             text.tokenizer.save_pretrained(run / "llm")
             text.config.save_pretrained(run / "llm")
-            self.metrics = open(run / "metrics.jsonl", "a", buffering=1)
             self.tensorboard = SummaryWriter(run / "tensorboard")
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
             whole = sum(p.numel() for p in model.parameters()) / 1e6
@@ -156,7 +159,8 @@ class Log:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.ranks.first:
-            self.metrics.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.began, 2), **values}) + "\n")
+            with open(self.run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.began, 2), **values}) + "\n")
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from flallm import checkpoint, config as cfg
+from flallm import checkpoint
+from flallm import config as cfg
 from flallm.loader import Batch, Clips
 from flallm.model.light_t import light_t
 from flallm.model.translator import Translator
@@ -47,12 +48,16 @@ def test_beam_search_is_transformers_own(setting):
     embeddings = model.adapter(model.features(batch)).split(batch.lengths.tolist())
     ours = model.translate(batch, config.decode)
     for clip, sentence in zip(embeddings, ours):
-        options = GenerationConfig(num_beams=5, max_new_tokens=config.decode.max_tokens, decoder_start_token_id=model.text.start, eos_token_id=2, pad_token_id=1)
+        options = GenerationConfig(
+            num_beams=5, max_new_tokens=config.decode.max_tokens, decoder_start_token_id=model.text.start, eos_token_id=2, pad_token_id=1
+        )
         ids = model.language.generate(inputs_embeds=clip[None], generation_config=options)[0]
         assert model.text.decode(ids) == sentence
 
 
-@pytest.mark.parametrize("layers,heads,width,ffn,millions", [(1, 4, 256, 1024, 3.61), (2, 4, 512, 2048, 18.25), (3, 8, 512, 2048, 25.61), (4, 8, 1024, 4096, 124.66)])
+@pytest.mark.parametrize(
+    "layers,heads,width,ffn,millions", [(1, 4, 256, 1024, 3.61), (2, 4, 512, 2048, 18.25), (3, 8, 512, 2048, 25.61), (4, 8, 1024, 4096, 124.66)]
+)
 def test_light_t_has_the_sizes_of_the_papers_table_7(layers, heads, width, ffn, millions):
     class Vocabulary:
         pad, end, start = 1, 2, 0
@@ -128,7 +133,7 @@ def test_a_checkpoint_comes_back_and_an_altered_one_is_refused(small, tmp_path):
 
 
 def test_a_bad_clip_in_a_batch_is_named_and_the_rest_goes_on(setting):
-    config, model, clips = setting
+    _config, model, clips = setting
     samples = [clips[(None, 0)], {"key": "gone", "cause": "why"}]
     batch = clips.collate(samples)
     assert batch.bad == [{"key": "gone", "cause": "why"}] and len(batch.keys) == 1

@@ -108,7 +108,7 @@ def test_a_fitting_file_is_copied_and_a_large_one_made_smaller(tmp_path):
     assert encode(Clip("k", "train", "t", VideoFile(str(path))), Options())[0] == data
     _, meta = encode(Clip("k", "train", "t", VideoFile(str(path))), Options(short_side=32, fps=12.5))
     assert (meta["width"], meta["height"], meta["fps"]) == (32, 32, 12.5)
-    part, meta = encode(Clip("k", "train", "t", VideoFile(str(path), 0.4, 0.8)), Options())
+    _part, meta = encode(Clip("k", "train", "t", VideoFile(str(path), 0.4, 0.8)), Options())
     assert meta["num_frames"] == 10
 
 

@@ -68,7 +68,14 @@ def runs(shards, llm, tmp_path_factory):
         return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **overrides})
 
     short = {"train.steps": 6, "train.log_every": 1, "train.dev_every": 6, **GLOBAL}
-    overfit = {"train.steps": 260, "train.batch": 8, "light_t.width": 128, "encoder.widths": [16, 32, 32, 64], "data.augment.probability": 0, "train.label_smoothing": 0}
+    overfit = {
+        "train.steps": 260,
+        "train.batch": 8,
+        "light_t.width": 128,
+        "encoder.widths": [16, 32, 32, 64],
+        "data.augment.probability": 0,
+        "train.label_smoothing": 0,
+    }
     configs = {
         "step1": make("stage1", **PLAIN_SGD, **GLOBAL),
         "step4": make("stage1", **PLAIN_SGD, **GLOBAL, **{"train.micro_batches": 4}),

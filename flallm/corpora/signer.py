@@ -247,7 +247,7 @@ def _draw(frame: np.ndarray, pose: np.ndarray, signer: Signer, offset: np.ndarra
         eye = face + s * np.array([0.36 * head * side + turn, -0.08 * head])
         _ellipse(frame, eye, 0.11 * head * s, 0.12 * head * s, (30, 25, 25))
         brow = eye - s * np.array([0, (0.28 + 0.2 * pose[BROWS]) * head])
-        _line(frame, brow - [0.16 * head * s, 0], brow + [0.16 * head * s, 0], 0.08 * head * s, signer.hair)
+        _line(frame, brow - [0.16 * head * s, 0], [*brow, 0.16 * head * s, 0], 0.08 * head * s, signer.hair)
     _line(frame, face + s * np.array([turn - 0.2 * head, 0.62 * head]), face + s * np.array([turn + 0.2 * head, 0.62 * head]), 0.1 * head * s, (170, 80, 80))
     for side, hand in ((1, pose[LEFT : LEFT + HAND]), (-1, pose[:HAND])):
         shoulder, palm = at(side * w * 0.93, 0.04), at(hand[0], hand[1])

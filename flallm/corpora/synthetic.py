@@ -172,7 +172,7 @@ def _translate(verb, subject=None, object=None, adjective=None, number=None, tim
     who = "it" if verb in WEATHER else (NAMES | PEOPLE).get(subject) or (PRONOUNS[subject][0] if subject else "they")
     singular = verb in WEATHER or subject in NAMES | PEOPLE
     be = "am" if subject == "IX-1" else "is" if singular else "are"
-    progressive = participle and (time == "TODAY" or time is None and (verb in WEATHER or verb in INTRANSITIVE))
+    progressive = participle and (time == "TODAY" or (time is None and (verb in WEATHER or verb in INTRANSITIVE)))
     if time == "TOMORROW":
         auxiliary, main = "will", base
     elif time == "YESTERDAY":

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, MBartForConditionalGeneration
+from transformers.utils import logging
 
 from flallm import UserError
 from flallm.config import LLM
+
+logging.disable_progress_bar()  # it would draw a bar a rank, for weights that are there at once
 
 # On a CPU the fused kernel's backward is the slower one: 155 against 119 ms a step of the demo's language model.
 ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"

@@ -78,7 +78,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             rows = x.movedim(1, -1).reshape(-1, x.shape[1]).float()
             sums = torch.cat([rows.sum(0), (rows * rows).sum(0), rows.new_tensor([len(rows)])]).double()
             dist.all_reduce(sums)
-            mean, square, count = (sums[:-1] / sums[-1]).chunk(2) + (sums[-1],)
+            mean, square, count = (*(sums[:-1] / sums[-1]).chunk(2), sums[-1])
             var = (square - mean**2).clamp_min(0)
             self.running_mean.lerp_(mean.float(), self.momentum)
             self.running_var.lerp_((var * count / (count - 1)).float(), self.momentum)
@@ -118,7 +118,7 @@ def load_torchvision(backbone: ResNetModel, path: str) -> None:
     try:
         weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
         backbone.load_state_dict({_torchvision_name(k): v for k, v in weights.items() if not k.startswith("fc.")})
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with the user's file, this is what to say
+    except Exception as error:
         raise UserError(f"encoder.weights: {path} is no ResNet18 checkpoint of torchvision: {str(error).splitlines()[0]}") from None
 
 

@@ -1,0 +1,36 @@
+"""Pre-trains a small mBART on a text file, a sentence a line, for where no pre-trained model can be had: `python tools/make_llm.py TEXT --out DIR`."""
+
+import sys
+from pathlib import Path
+
+from fire.decorators import SetParseFn
+
+from flallm import UserError, cli
+
+
+@SetParseFn(str)
+def pretrain(text: str, *, out: str, steps: str = "800") -> cli.Job:
+    """Writes a Hugging Face folder with the model and its tokenizer.
+
+    Args:
+        text: a file with a sentence a line
+        out: the folder to write
+        steps: of 64 sentences
+    """
+    if not Path(text).is_file():
+        raise UserError(f"{text} does not exist")
+    if not steps.isdigit():
+        raise UserError(f"--steps: {steps!r} is not a whole number")
+
+    def work() -> None:
+        from flallm.pretrain import pretrain
+
+        sentences = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+        pretrain(sentences, Path(out), steps=int(steps))
+
+    return cli.Job(work)
+
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "pretrain")
+    sys.exit(cli.run({"pretrain": pretrain}, "make_llm.py"))
