@@ -37,7 +37,7 @@ def one_zero2_step(config, out: Path) -> None:
     batches = [clips.collate([clips[(0, int(n))] for n in part[ranks.rank]]) for part in plan.step(0, 0)]
     engine.train_step(zero, batches, ranks)
     if ranks.first:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out)
+        save_file({k: v.clone() for k, v in model.state_dict().items()}, out)
 
 
 def two_ranks(configs: dict, out: Path) -> None:
