@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 
@@ -105,7 +106,7 @@ def translate(run: Path, videos: list[str], device: torch.device) -> list[str]:
     for path in videos:
         try:
             frames = video.decode(path, config.data.resize, config.data.stride, config.data.max_frames)
-        except (ValueError, OSError, video.av.FFmpegError) as error:
+        except (ValueError, OSError, av.FFmpegError) as error:
             raise UserError(f"{path} cannot be decoded: {error}") from None
         clip = torch.from_numpy(np.ascontiguousarray(video.centre_crop(frames, config.data.crop)))
         batch = Batch(clip, torch.tensor([len(clip)]), torch.zeros(1, 1, dtype=torch.long), [path], [""], [])
