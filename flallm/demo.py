@@ -25,11 +25,10 @@ def demo(out: Path) -> None:
         print(", ".join(f"{split} {n['clips']} clips" for split, n in dataset["splits"].items()), flush=True)
     from flallm import engine
     from flallm.evaluate import translate
-    from flallm.pretrain import pretrain
 
     with _step("2/5  language model: a small mBART, pre-trained on text of the same language", seconds):
         if not (out / "llm").exists():
-            pretrain([text for _, text in synthetic.sentences("text", SENTENCES)], out / "llm")
+            engine.launch(_pretrain, 1, out)  # its own process, so that its memory is free again afterwards
     with _step(f"3/5  stage 1 and 4/5  stage 2, on {RANKS} ranks under ZeRO-2", seconds):
         engine.launch(_stages, RANKS, out)
     with _step("5/5  one clip", seconds):
@@ -50,6 +49,12 @@ def _step(title: str, seconds: dict[str, float]):
     yield
     seconds[title] = time.monotonic() - began
     print(f"   {seconds[title]:.0f} s", flush=True)
+
+
+def _pretrain(out: Path) -> None:
+    from flallm.pretrain import pretrain
+
+    pretrain([text for _, text in synthetic.sentences("text", SENTENCES)], out / "llm")
 
 
 def _stages(out: Path) -> None:
