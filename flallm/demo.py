@@ -21,7 +21,7 @@ def demo(out: Path) -> None:
             raise UserError(f"{out / stage} is there already: remove {out} or name another folder with --out")
     seconds: dict[str, float] = {}
     with _step("1/5  shards: a synthetic signer, rendered and encoded", seconds):
-        dataset = make_shards(synthetic.clips(), out / "shards", Options(short_side=72, crf=22, per_shard=250), {"name": "synthetic"})
+        dataset = make_shards(synthetic.clips(), out / "shards", Options(short_side=72, per_shard=250), {"name": "synthetic"})
         print(", ".join(f"{split} {n['clips']} clips" for split, n in dataset["splits"].items()), flush=True)
     from flallm import engine
     from flallm.evaluate import translate

@@ -52,12 +52,14 @@ class Plan:
         """The clips of a step as [micro-batch][rank], each an array of clip numbers, none empty."""
         order, batches = self._order(epoch)
         a, b = self._bounds[batches[step]], self._bounds[batches[step] + 1]
-        return [self._share(part, self.world_size) for part in self._share(order[a:b], self.micro_batches)]
+        longest_first = order[a:b][np.argsort(-self.costs[order[a:b]], kind="stable")]
+        # Micro-batches of equally many clips: each has one for every rank.
+        return [self._share(longest_first[m :: self.micro_batches]) for m in range(self.micro_batches)]
 
-    def _share(self, clips: np.ndarray, parts: int) -> list[np.ndarray]:
-        """The clips in `parts` groups of nearly equal cost: each clip, longest first, goes where least is."""
-        groups, load = [[] for _ in range(parts)], np.zeros(parts)
-        for clip in clips[np.argsort(-self.costs[clips], kind="stable")]:
+    def _share(self, longest_first: np.ndarray) -> list[np.ndarray]:
+        """The clips of each rank, of nearly equal cost: each clip goes where least is."""
+        groups, load = [[] for _ in range(self.world_size)], np.zeros(self.world_size)
+        for clip in longest_first:
             least = int(load.argmin())
             groups[least].append(clip)
             load[least] += self.costs[clip]

@@ -14,7 +14,7 @@ ENCODING = """
     Encoding, for every corpus:
         --short_side=256   pixels of the short side; a smaller source is not enlarged
         --fps=N            frames per second; the source's where it is not given
-        --crf=20           x264's quality, lower is better
+        --crf=22           x264's quality, lower is better
         --gop=96           frames between keyframes
         --per_shard=500    clips a shard
         --processes=N      encoders at a time; one a core where it is not given
