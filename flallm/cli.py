@@ -17,9 +17,9 @@ from flallm import UserError, config
 
 
 class Job:
-    """Work that waits until Fire has accepted the whole command line."""
+    """Work that waits until Fire has accepted the whole command line; what it returns is the exit code, None is 0."""
 
-    def __init__(self, work: Callable[[], object]):
+    def __init__(self, work: Callable[[], int | None]):
         self._work = work
 
 
@@ -161,10 +161,9 @@ def run(commands: dict[str, Callable], name: str) -> int:
         print(f"{name}: one of these commands is needed, each with --help: {', '.join(commands)}")
         return 0 if len(sys.argv) == 1 else 2
     try:
-        job._work()
+        return job._work() or 0
     except UserError as error:
         return _mistake(name, error)
-    return 0
 
 
 def _mistake(name: str, error: object) -> int:

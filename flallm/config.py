@@ -31,6 +31,9 @@ class Data:
     max_frames: int = 300  # [I] of the source; longer clips are thinned out evenly
     augment: Augment = field(default_factory=Augment)
     workers: int = 4  # decoding processes a rank
+    prefetch_mib: int = 512  # how much a rank decodes ahead
+    cache: str = ""  # a local folder that keeps what was read of shards at an address such as s3://bucket/shards
+    cache_gib: float = 100.0  # its largest size
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Train:
     epochs: float = 75
     steps: int | None = None  # instead of epochs
     batch: int = 8  # clips a step over all ranks
+    batch_frames: int = 0  # used frames a step over all ranks at most, which bounds memory; 0: no limit
     micro_batches: int = 1  # forward and backward passes a step on each rank
     optimizer: str = "sgd"  # sgd | adamw
     lr_encoder: float = 1e-2
@@ -170,6 +174,7 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         "data.crop",
         "data.stride",
         "data.max_frames",
+        "data.prefetch_mib",
         "train.batch",
         "train.micro_batches",
         "train.log_every",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flallm import UserError, config
 from flallm.corpora import synthetic
-from flallm.shards import Options, Shards, make_shards
+from flallm.encode import Options
+from flallm.shards import Shards, make_shards
 
 RANKS = 2
 SENTENCES = 20_000  # that the language model reads; none of them is a test sentence of three signs or more

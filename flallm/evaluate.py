@@ -16,7 +16,6 @@ from flallm.config import Config, Decode
 from flallm.engine import Ranks
 from flallm.loader import Batch, Clips, batches
 from flallm.model.translator import Translator
-from flallm.shards import Shards
 from flallm.text import Text
 
 
@@ -29,10 +28,9 @@ class Prediction:
 
 def decode_split(model: Translator, config: Config, split: str, ranks: Ranks, decode: Decode, limit: int = 0) -> tuple[list[Prediction], list[dict]]:
     """(a prediction for each of the split's clips, in the shards' order; samples left out). On every rank the same."""
-    shards = Shards(config.data.shards, split)
-    clips = Clips(shards, config.data, model.text, config.seed)
-    numbers = np.arange(min(limit, len(shards)) if limit else len(shards))
-    mine = numbers[np.argsort(shards.index["frames"][numbers], kind="stable")][ranks.rank :: ranks.world_size]  # alike in length and work
+    clips = Clips(split, config.data, model.text, config.seed)
+    numbers = np.arange(min(limit, len(clips.used)) if limit else len(clips.used))
+    mine = numbers[np.argsort(clips.used[numbers], kind="stable")][ranks.rank :: ranks.world_size]  # alike in length and work
     groups = [[(None, int(n)) for n in mine[i : i + decode.batch]] for i in range(0, len(mine), decode.batch)]
     was_training = model.training
     model.eval()

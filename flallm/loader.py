@@ -1,25 +1,33 @@
-"""plan + shards + video + text -> `Batch`es, decoded by worker processes ahead of the trainer."""
+"""plan + shards + video + text -> `Batch`es, decoded by worker processes ahead of the trainer.
+
+A worker decodes a clip straight into the shared memory of its batch, so frames are copied no more once they are decoded, and
+go through no pickle. How much is decoded ahead is bounded in bytes. A clip that crashes its worker or hangs it is left out
+and named, and another worker takes the place; one that was killed from outside is decoded again.
+"""
 
 from __future__ import annotations
 
+import mmap
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from zlib import crc32
 
-import av
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from flallm import video
+from flallm import decoder
 from flallm.config import Data
-from flallm.plan import Plan
-from flallm.shards import BadSample, Shards
+from flallm.shards import Shards
 from flallm.text import Text
+from flallm.video import used_frames
+from flallm.workers import Lost, Workers
 
 IGNORE = -100  # a label that is no token
+TIMEOUT = 60  # seconds a worker may take for one clip
+
+Group = list[tuple[int | None, int]]  # (epoch, clip number); without an epoch a clip is not augmented
 
 
 @dataclass
@@ -38,75 +46,84 @@ class Batch:
     bad: list[dict]
 
     def to(self, device: torch.device) -> Batch:
-        frames, labels = (t.to(device, non_blocking=True) for t in (self.frames, self.labels))
-        return Batch(frames, self.lengths, labels, self.keys, self.texts, self.bad)
-
-    def pin_memory(self) -> Batch:
-        return Batch(self.frames.pin_memory(), self.lengths, self.labels.pin_memory(), self.keys, self.texts, self.bad)
+        return Batch(self.frames.to(device), self.lengths, self.labels.to(device), self.keys, self.texts, self.bad)
 
     @property
     def tokens(self) -> int:
         return int((self.labels != IGNORE).sum())
 
 
-class Clips(Dataset):
-    """Clip (epoch, number) -> its frames and labels; epoch None is for evaluation, without augmentation."""
+class Clips:
+    """The clips of a split as a model sees them."""
 
-    def __init__(self, shards: Shards, data: Data, text: Text, seed: int):
-        self.shards, self.data, self.text, self.seed = shards, data, text, seed
+    def __init__(self, split: str, data: Data, text: Text, seed: int):
+        self.shards, self.data, self.text = Shards(data.shards, split, data.cache, data.cache_gib), data, text
+        self.used = used_frames(self.shards.index["frames"], data.stride, data.max_frames)  # frames of each clip
+        self.frame_bytes = data.crop * data.crop * 3
+        self.options = (data.resize, data.crop, data.stride, data.max_frames, data.augment, seed)
 
-    def __getitem__(self, where: tuple[int | None, int]) -> dict:
-        epoch, number = where
-        key = f"{self.shards.split} sample {number}"
+    def batch(self, group: Group) -> Batch:
+        """One batch, decoded here and now."""
+        return next(batches(self, [group], 0))
+
+
+def batches(clips: Clips, groups: Iterable[Group], workers: int) -> Iterator[Batch]:
+    """A batch for each group of clips, in order, decoded ahead by `workers` processes (0: here, when it is asked for)."""
+    ahead, size, limit, data = deque(), 0, clips.data.prefetch_mib * 2**20, clips.data
+    arguments = (clips.shards.folder, clips.shards.split, data.cache, data.cache_gib, clips.options)
+    with Workers(workers, "flallm.decoder", decoder.start, arguments) if workers else nullcontext() as pool:
+        for group in groups:
+            bytes_needed = int(clips.used[[n for _, n in group]].sum()) * clips.frame_bytes
+            while ahead and size + bytes_needed > limit:
+                size -= ahead[0].size
+                yield ahead.popleft().batch()
+            ahead.append(_Ahead(clips, group, pool))
+            size += bytes_needed
+        while ahead:
+            yield ahead.popleft().batch()
+
+
+class _Ahead:
+    """A batch under way: its memory, and the work on each of its clips."""
+
+    def __init__(self, clips: Clips, group: Group, workers: Workers | None):
+        self.clips, self.group = clips, group
+        self.lengths = clips.used[[n for _, n in group]]
+        self.firsts = np.cumsum(self.lengths) - self.lengths
+        self.size = max(1, int(self.lengths.sum()) * clips.frame_bytes)
+        self.file = os.memfd_create("flallm-batch")  # no name: it is gone with the last process that has it
+        os.ftruncate(self.file, self.size)
+        memory = f"/proc/{os.getpid()}/fd/{self.file}"
+        self.results = [
+            workers.start(decoder.run, number, epoch, memory, int(first), int(length), timeout=TIMEOUT)
+            for (epoch, number), first, length in zip(group, self.firsts, self.lengths)
+            if workers
+        ]
+
+    def _result(self, i: int, frames: np.ndarray) -> tuple[str, str, str]:
+        """(key, text, cause why there is none) of the clip i."""
+        epoch, number = self.group[i]
+        if not self.results:
+            return decoder.load(self.clips.shards, self.clips.options, number, epoch, frames)
         try:
-            source, meta = self.shards.read(number)
-            key = meta["key"]
-            frames = video.decode(source, self.data.resize, self.data.stride, self.data.max_frames, meta["num_frames"])
-        except (BadSample, ValueError, OSError, av.FFmpegError) as error:
-            return {"key": key, "cause": str(error)}
-        if epoch is None:
-            frames = video.centre_crop(frames, self.data.crop)
-        else:  # one draw a clip, the same whichever rank or worker has it
-            rng = np.random.default_rng([self.seed, epoch, crc32(key.encode())])
-            frames = video.random_crop(frames, self.data.crop, self.data.augment, rng)
-        return {"key": key, "frames": frames, "text": meta["text"], "labels": self.text.encode(meta["text"])}
+            return self.results[i]()
+        except Lost as cause:
+            return f"{self.clips.shards.split} sample {number}", "", f"cannot be decoded: {cause}"
 
-    def collate(self, samples: list[dict]) -> Batch:
-        good = [s for s in samples if "frames" in s]
-        bad = [s for s in samples if "frames" not in s]
+    def batch(self) -> Batch:
+        memory = mmap.mmap(self.file, self.size)  # lives as long as a tensor of it
+        crop = self.clips.data.crop
+        frames = np.frombuffer(memory, np.uint8)[: self.lengths.sum() * self.clips.frame_bytes].reshape(-1, crop, crop, 3)
+        parts = np.split(frames, self.firsts[1:])
+        results = [self._result(i, part) for i, part in enumerate(parts)]
+        os.close(self.file)
+        bad = [{"key": key, "cause": cause} for key, _, cause in results if cause]
+        good = [i for i, (_, _, cause) in enumerate(results) if not cause]
+        keys, texts = ([results[i][k] for i in good] for k in (0, 1))
+        labels, lengths = [self.clips.text.encode(text) for text in texts], self.lengths[good]
         if not good:  # a rank must take part in the step all the same: two black frames, no label
-            blank = np.zeros((2, self.data.crop, self.data.crop, 3), np.uint8)
-            good = [{"key": "", "frames": blank, "text": "", "labels": [IGNORE]}]
-        frames = torch.from_numpy(np.concatenate([s["frames"] for s in good]))
-        lengths = torch.tensor([len(s["frames"]) for s in good])
-        labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(s["labels"]) for s in good], True, IGNORE)
-        return Batch(frames, lengths, labels, [s["key"] for s in good], [s["text"] for s in good], bad)
-
-
-def _start_worker(_: int) -> None:
-    os.nice(10)  # decoding fills the gaps that training leaves, and does not make ranks wait for each other
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-
-
-def batches(clips: Clips, groups: Iterable[list[tuple[int | None, int]]], workers: int) -> Iterator[Batch]:
-    """A batch for each group of clips, in order, decoded ahead by `workers` processes (0: here)."""
-    return iter(
-        DataLoader(
-            clips,
-            batch_sampler=groups,
-            num_workers=workers,
-            collate_fn=clips.collate,
-            prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-        )
-    )
-
-
-def training_groups(plan: Plan, rank: int, start: int, stop: int) -> Iterator[list[tuple[int, int]]]:
-    """This rank's clips of every micro-batch from global step `start` to `stop`."""
-    for number in range(start, stop):
-        epoch, step = divmod(number, plan.steps_per_epoch)
-        for micro_batch in plan.step(epoch, step):
-            yield [(epoch, int(clip)) for clip in micro_batch[rank]]
+            frames, keys, texts, labels, lengths = np.zeros((2, crop, crop, 3), np.uint8), [""], [""], [[IGNORE]], np.array([2])
+        elif bad:
+            frames = np.concatenate([parts[i] for i in good])
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in labels], True, IGNORE)
+        return Batch(torch.from_numpy(frames), torch.from_numpy(lengths).long(), padded, keys, texts, bad)

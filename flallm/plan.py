@@ -1,66 +1,184 @@
 """Which clips go to which rank in which step: a pure function of (lengths, seed, epoch, step, batch, world size).
 
-Every clip occurs exactly once an epoch. The global batch of a step, and its micro-batches, are the same for any world size;
-ranks only share them out. So a run can go on with another number of ranks, and its losses stay the same. The steps of an
-epoch differ by at most one clip in size, so there is no small last step in which some ranks would have nothing to do.
+Every clip occurs exactly once an epoch. The clips of a step are a random sample of the epoch's, whatever their lengths, and
+they and their micro-batches are the same for any world size; ranks only share them out. So a run can go on with another
+number of ranks in mid-epoch, its losses stay the same, and no length can be seen in them. Lengths are bucketed inside the
+step instead: each rank gets clips of nearly equal work in all and with texts of about the same length. The steps of an epoch
+differ by at most one clip in size, so there is no small last step in which some ranks would have nothing to do. Only the
+order of an epoch is kept (8 bytes a clip), and the position in a run is the number of steps done.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Iterator
 
 import numpy as np
 
 from flallm import UserError
 
-POOL = 2  # batches that are sorted by length together; of more, the loss of a step says more of its length than of the model
+# What a character of text costs the language model, in frames through the encoder: ResNet18 at 224 pixels takes 3.6 GFLOP
+# a frame, three times that when it trains; Light-T's decoder 0.08 GFLOP a token of 4 characters, mBART-large's 1.2.
+TEXT_COST = {"stage1": 0.002, "stage2": 0.07, "joint": 0.03}
+TOLERANCE = 0.018  # by how much a rank's work may be over the mean before clips are exchanged
+ISLAND = 128  # ranks that exchange clips among each other; a rank works out what its island gets and no more
 
 
 class Plan:
     """The steps of a split.
 
-    costs: (clips,) the work of each clip, such as its frames; what is balanced over ranks.
-    batch: clips a step over all ranks and micro-batches (the largest number).
+    frames: (clips,) used frames of each clip; texts: (clips,) characters of its text.
+    batch: the largest number of clips a step, over all ranks and micro-batches; batch_frames: the same for frames, 0 for no
+    limit. It bounds memory: a rank's micro-batch has about batch_frames / (world_size * micro_batches) of them.
+    text_cost: what a character costs in frames.
     """
 
-    def __init__(self, costs: np.ndarray, batch: int, micro_batches: int, world_size: int, seed: int):
-        self.costs, self.micro_batches, self.world_size, self.seed = costs, micro_batches, world_size, seed
-        self.steps_per_epoch = -(-len(costs) // batch)
-        smallest = len(costs) // max(1, self.steps_per_epoch)
+    def __init__(
+        self, frames: np.ndarray, texts: np.ndarray, batch: int, micro_batches: int, world_size: int, seed: int, batch_frames: int = 0, text_cost: float = 0.0
+    ):
+        self.frames, self.texts = frames, texts
+        self.batch, self.micro_batches, self.world_size, self.seed = batch, micro_batches, world_size, seed
+        self.batch_frames, self.text_cost = batch_frames, text_cost
+        self._islands = -(-world_size // ISLAND)
+        self._island = np.arange(world_size) * self._islands // world_size  # of each rank
+        place = np.arange(world_size) * self._islands % world_size  # islands take turns, forth and back, so that none is ahead
+        self._deal = np.concatenate([turn := self._island[np.argsort(place, kind="stable")], turn[::-1]])
+        self._epoch: int | None = None
+        least = 2 * world_size * micro_batches * int(frames.max(initial=0))  # then every step has clips for all, however lengths fall
+        if batch_frames and batch_frames < least:
+            raise UserError(
+                f"train.batch_frames: {batch_frames} is too small: {world_size} ranks x {micro_batches} micro-batches x twice the longest clip are {least}"
+            )
+        smallest = len(frames) // max(1, -(-len(frames) // batch))
         if smallest < world_size * micro_batches:
             raise UserError(
-                f"train.batch: a step has as few as {smallest} of the {len(costs)} clips, too few for {world_size} ranks x {micro_batches} micro-batches"
+                f"train.batch: a step has as few as {smallest} of the {len(frames)} clips, too few for {world_size} ranks x {micro_batches} micro-batches"
             )
-        self._epoch: int | None = None
 
-    @cached_property
-    def _bounds(self) -> np.ndarray:
-        return np.arange(self.steps_per_epoch + 1) * len(self.costs) // self.steps_per_epoch
+    def steps(self, epoch: int) -> int:
+        """Steps of an epoch; the same for all epochs unless `batch_frames` says otherwise."""
+        return len(self._order(epoch)[1]) - 1 if self.batch_frames else -(-len(self.frames) // self.batch)
+
+    def total(self, epochs: float) -> int:
+        """Steps of so many epochs, a part of one rounded up."""
+        whole = int(epochs)
+        return sum(self.steps(e) for e in range(whole)) + int(np.ceil((epochs - whole) * self.steps(whole)))
+
+    def position(self, number: int) -> tuple[int, int]:
+        """(epoch, step in it) of the run's step `number`, counted from 0."""
+        epoch = 0
+        while number >= self.steps(epoch):
+            number -= self.steps(epoch)
+            epoch += 1
+        return epoch, number
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(clips in the order of batches, the batch of each step)."""
+        """(the epoch's clips in order, where each of its steps begins, and the end)."""
         if self._epoch != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            order = rng.permutation(len(self.costs))
-            for a, b in zip(self._bounds[:-1:POOL], [*self._bounds[POOL::POOL], len(order)]):
-                pool = order[a:b]
-                order[a:b] = pool[np.argsort(self.costs[pool], kind="stable")]
-            self._epoch, self._cached = epoch, (order, rng.permutation(self.steps_per_epoch))
+            clips = len(self.frames)
+            order, steps = np.random.default_rng([self.seed, epoch]).permutation(clips), -(-clips // self.batch)
+            bounds = np.arange(steps + 1) * clips // max(1, steps)
+            if self.batch_frames:
+                ahead = np.concatenate([[0], np.cumsum(self.frames[order], dtype=np.int64)])
+                while (most := int(np.diff(ahead[bounds]).max(initial=0))) > self.batch_frames:
+                    steps = max(steps + 1, steps * most // self.batch_frames)
+                    bounds = np.arange(steps + 1) * clips // steps
+            self._epoch, self._cached = epoch, (order, bounds)
         return self._cached
 
     def step(self, epoch: int, step: int) -> list[list[np.ndarray]]:
         """The clips of a step as [micro-batch][rank], each an array of clip numbers, none empty."""
-        order, batches = self._order(epoch)
-        a, b = self._bounds[batches[step]], self._bounds[batches[step] + 1]
-        longest_first = order[a:b][np.argsort(-self.costs[order[a:b]], kind="stable")]
-        # Micro-batches of equally many clips: each has one for every rank.
-        return [self._share(longest_first[m :: self.micro_batches]) for m in range(self.micro_batches)]
+        return [[clips for island in range(self._islands) for clips in self._share(m, island)] for m in self._micro_batches(epoch, step)]
 
-    def _share(self, longest_first: np.ndarray) -> list[np.ndarray]:
-        """The clips of each rank, of nearly equal cost: each clip goes where least is."""
-        groups, load = [[] for _ in range(self.world_size)], np.zeros(self.world_size)
-        for clip in longest_first:
-            least = int(load.argmin())
-            groups[least].append(clip)
-            load[least] += self.costs[clip]
-        return [np.array(group) for group in groups]
+    def rank_step(self, epoch: int, step: int, rank: int) -> list[np.ndarray]:
+        """One rank's view of a step: its clips of every micro-batch."""
+        island = int(self._island[rank])
+        place = rank - int(np.searchsorted(self._island, island))
+        return [self._share(m, island)[place] for m in self._micro_batches(epoch, step)]
+
+    def _micro_batches(self, epoch: int, step: int) -> list[np.ndarray]:
+        order, bounds = self._order(epoch)
+        clips = order[bounds[step] : bounds[step + 1]]
+        longest_first = clips[np.argsort(-self.frames[clips], kind="stable")]
+        # Micro-batches of equally many clips and alike in lengths: BatchNorm sees the same in each, on any number of ranks.
+        return [longest_first[m :: self.micro_batches] for m in range(self.micro_batches)]
+
+    def _share(self, longest_first: np.ndarray, island: int) -> list[np.ndarray]:
+        """What each rank of an island gets of a micro-batch; dealt out to islands in turns, so that they have the same lengths."""
+        clips = longest_first[np.resize(self._deal, len(longest_first)) == island]
+        texts = self.texts[clips].astype(np.float64)
+        ranks = int((self._island == island).sum())
+        return [clips[group] for group in share(self.frames[clips] + self.text_cost * texts, texts, ranks)]
+
+
+def share(costs: np.ndarray, texts: np.ndarray, groups: int) -> list[np.ndarray]:
+    """Shares items out to groups of nearly equal cost with texts of about equal length in each; no group is empty.
+
+    In the order of texts, the items are cut into groups of equal cost, which leaves them about half an item apart. Then groups
+    with too much exchange an item for a cheaper one (or give one away), with groups that have little and are near in the
+    order, so that costs come closer and padding to the longest text of each group grows least.
+    """
+    order, cuts = np.argsort(texts, kind="stable"), np.arange(groups + 1)
+    ahead = np.cumsum(costs[order])
+    cuts_at = np.searchsorted(ahead - costs[order] / 2, ahead[-1] * cuts / groups)
+    cuts_at = np.clip(np.maximum.accumulate(cuts_at - cuts), 0, len(costs) - groups) + cuts  # at least one item in each
+    cuts_at[[0, -1]] = 0, len(costs)
+    counts = np.diff(cuts_at)
+    # One row a group, its items in the first places; -1 is a place without an item.
+    items = np.full((groups, counts.max() + 1), -1)
+    group = np.repeat(np.arange(groups), counts)
+    items[group, np.arange(len(costs)) - cuts_at[group]] = order
+    costs, texts = np.append(costs, 0.0), np.append(texts, 0.0)  # of no item
+    most = ahead[-1] / groups * (1 + TOLERANCE)
+    for attempt in range(48):
+        loads = costs[items].sum(1)
+        by_load = np.argsort(loads, kind="stable")
+        heavy = by_load[::-1][: min(groups // 2, int((loads > most).sum()))]
+        if not len(heavy):
+            break
+        light = np.roll(by_load[: groups // 2], -attempt)[: len(heavy)]  # another partner each time
+        if attempt % 4 < 3:  # neighbours in the order of texts
+            few = by_load[: min(groups // 2, len(heavy) * (1 + attempt % 4))]
+            heavy, light = np.sort(heavy), np.sort(np.sort(few)[:: 1 + attempt % 4][: len(heavy)])
+            heavy = heavy[: len(light)]
+        _exchange(items, heavy, light, costs, texts, loads, 0.25 * 0.9**attempt)
+    return [row[row >= 0] for row in items]
+
+
+def _exchange(items, heavy, light, costs, texts, loads, weight: float) -> None:
+    """For each pair of groups the exchange of two places that brings their loads together and adds least padding."""
+    width = min(items.shape[1], int((items[np.concatenate([heavy, light])] >= 0).sum(1).max()) + 1)
+    a, b = items[light], items[heavy]
+    a, b = (np.take_along_axis(x, np.argsort(x < 0, 1, kind="stable"), 1)[:, :width] for x in (a, b))  # items first
+    too_much = (loads[heavy] - loads[light])[:, None, None] / 2  # what ought to change hands
+    left_over = np.abs(too_much - costs[b][:, None, :] + costs[a][:, :, None])  # (P, width, width), as all below
+    has_a, has_b = (a >= 0)[:, :, None], (b >= 0)[:, None, :]
+    count_a, count_b = has_a.sum(1, keepdims=True) - has_a + has_b, has_b.sum(2, keepdims=True) - has_b + has_a  # afterwards
+    longest_a = np.maximum(_longest_other(texts[a])[:, :, None], texts[b][:, None, :])
+    longest_b = np.maximum(_longest_other(texts[b])[:, None, :], texts[a][:, :, None])
+    padded = longest_a * count_a + longest_b * count_b
+    objective = left_over + weight * padded
+    objective[(count_a < 1) | (count_b < 1) | (left_over >= 0.9 * np.abs(too_much))] = np.inf
+    objective = objective.reshape(len(heavy), -1)
+    best = objective.argmin(1)
+    done = np.flatnonzero(np.isfinite(objective[np.arange(len(heavy)), best]))
+    i, j = np.divmod(best[done], width)
+    a[done, i], b[done, j] = b[done, j], a[done, i].copy()
+    items[light, :width], items[heavy, :width] = a, b
+    items[light, width:], items[heavy, width:] = -1, -1
+
+
+def _longest_other(texts: np.ndarray) -> np.ndarray:
+    """(P, n) -> (P, n): the longest of each row without the item at that place."""
+    two = np.sort(texts, 1)[:, -2:]
+    return np.where(texts == two[:, 1:], two[:, :1], two[:, 1:])
+
+
+def training_groups(plan: Plan, rank: int, start: int, stop: int) -> Iterator[list[tuple[int, int]]]:
+    """This rank's (epoch, clip)s of every micro-batch from the run's step `start` to `stop`; nothing before it is looked at."""
+    epoch, step = plan.position(start)
+    for _ in range(start, stop):
+        for clips in plan.rank_step(epoch, step, rank):
+            yield [(epoch, int(clip)) for clip in clips]
+        step += 1
+        if step == plan.steps(epoch):
+            epoch, step = epoch + 1, 0

@@ -20,11 +20,10 @@ from flallm import engine as engines
 from flallm.config import Config, Train
 from flallm.engine import Ranks
 from flallm.evaluate import decode_split, note_bad_samples, swapped_bleu4
-from flallm.loader import Clips, batches, training_groups
+from flallm.loader import Clips, batches
 from flallm.metrics import bleu4
 from flallm.model.translator import Translator
-from flallm.plan import Plan
-from flallm.shards import Shards
+from flallm.plan import TEXT_COST, Plan, training_groups
 from flallm.text import Text
 
 
@@ -32,19 +31,18 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     """Trains a run into its folder. Stage 2 takes its encoder from the best checkpoint of the run `stage1`."""
     if any(ranks.gather((run / "config.yaml").exists())):
         raise UserError(f"{run} holds a run already, and runs cannot be resumed yet: remove it or name another --run_dir")
-    shards, text = Shards(config.data.shards, "train"), Text(config.llm)
-    Shards(config.data.shards, "dev")  # better missed now than after an epoch
-    plan = Plan(shards.index["frames"], config.train.batch, config.train.micro_batches, ranks.world_size, config.seed)
+    text = Text(config.llm)
+    clips, _ = (Clips(split, config.data, text, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
+    plan = make_plan(config, clips, ranks.world_size)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
     model = Translator(config, text)
     if config.stage == "stage2":
         take_encoder(model, config, stage1)
-    total = config.train.steps or math.ceil(config.train.epochs * plan.steps_per_epoch)
+    total = config.train.steps or plan.total(config.train.epochs)
     log = Log(config, run, ranks, total, text, model)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     torch.manual_seed(config.seed * 1000 + ranks.rank + 1)  # … and drop out different units
-    clips = Clips(shards, config.data, text, config.seed)
-    loader = batches(clips, list(training_groups(plan, ranks.rank, 0, total)), config.data.workers)
+    loader = batches(clips, training_groups(plan, ranks.rank, 0, total), config.data.workers)
     engine.train()
     for step in range(1, total + 1):
         with log.waiting():
@@ -52,8 +50,13 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         engines.set_learning_rates(engine, config.train, schedule(config.train, step - 1, total))
         loss, tokens = engines.train_step(engine, micro_batches, ranks)
         log.step(step, loss, tokens, micro_batches)
-        if step % (config.train.dev_every or plan.steps_per_epoch) == 0 or step == total:
+        if step % (config.train.dev_every or plan.steps(0)) == 0 or step == total:
             look_at_dev(model, config, run, ranks, log, step)
+
+
+def make_plan(config: Config, clips: Clips, world_size: int) -> Plan:
+    texts, train = clips.shards.index["text_length"], config.train
+    return Plan(clips.used, texts, train.batch, train.micro_batches, world_size, config.seed, train.batch_frames, TEXT_COST[config.stage])
 
 
 def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import av
 import cv2
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
+
+from flallm.corpora import open_video, upright
+
+# In the metadata of a file: every 4th of its frames is a reference frame, so the others need not be decoded for T/4.
+MARK = ("comment", "flallm: a reference frame in 4")
+FRAME_STEP = 4
 
 
 @dataclass
@@ -28,16 +33,19 @@ def positions(num_frames: int, stride: int, max_frames: int) -> np.ndarray:
     return kept if len(kept) <= limit else kept[np.linspace(0, len(kept) - 1, limit).round().astype(int)]
 
 
+def used_frames(num_frames: np.ndarray, stride: int, max_frames: int) -> np.ndarray:
+    """How many `positions` clips of so many frames have."""
+    return np.minimum(-(-num_frames // stride), -(-max_frames // stride)).astype(np.int32)
+
+
 def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_frames: int | None = None) -> np.ndarray:
-    """The used frames of a video, squeezed to (N, size, size, 3). With `num_frames` known, frames that no other frame
-    and nobody else needs are not even decoded. Raises ValueError or av.FFmpegError for what is no video."""
+    """The used frames of a video, squeezed to (N, size, size, 3). With `num_frames` known, no other frame is looked at, and
+    those that nothing depends on are not even decoded. Raises OSError, ValueError or av.FFmpegError for what is no such video."""
     if num_frames is not None:
-        frames = _decode_reference_frames(source, size, positions(num_frames, stride, max_frames))
-        if frames is not None:
-            return frames
+        return _decode_at(source, size, positions(num_frames, stride, max_frames), stride)
     kept, scaler = [], VideoReformatter()
-    with _open(source) as container:
-        for i, frame in enumerate(container.decode(video=0)):
+    with open_video(source) as container:
+        for i, frame in enumerate(upright(container.decode(video=0))):
             if i % stride == 0:
                 kept.append(_to_array(frame, size, scaler))
     if not kept:
@@ -45,30 +53,25 @@ def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_fra
     return np.stack(kept)[positions(stride * len(kept), stride, max_frames) // stride]
 
 
-def _open(source: bytes | str):
-    container = av.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    if not container.streams.video:
-        container.close()
-        raise ValueError("holds no video stream")
-    container.streams.video[0].thread_count = 1  # one decoder thread a worker: there are as many workers as cores
-    return container
-
-
-def _decode_reference_frames(source: bytes | str, size: int, wanted: np.ndarray) -> np.ndarray | None:
-    """The wanted frames if all of them are reference frames (`shards.py` encodes so), else None."""
+def _decode_at(source: bytes | str, size: int, wanted: np.ndarray, stride: int) -> np.ndarray:
     frames, scaler = np.empty((len(wanted), size, size, 3), np.uint8), VideoReformatter()  # one scaler: it keeps its tables
     found = 0
-    with _open(source) as container:
+    with open_video(source) as container:
         stream = container.streams.video[0]
-        if stream.average_rate is None:
-            return None
-        stream.codec_context.skip_frame = "NONREF"
-        for frame in container.decode(stream):
-            i = round((frame.pts - (stream.start_time or 0)) * frame.time_base * stream.average_rate) if frame.pts is not None else -1
-            if found < len(wanted) and i == wanted[found]:
+        # Frames that are skipped do not count, so then the position comes from the time; all frames of such a file are evenly spaced.
+        skip = container.metadata.get(MARK[0]) == MARK[1] and stride % FRAME_STEP == 0 and stream.average_rate
+        if skip:
+            stream.codec_context.skip_frame = "NONREF"
+            first, rate = stream.start_time or 0, stream.time_base * stream.average_rate
+        for i, frame in enumerate(upright(container.decode(stream))):
+            if skip:
+                i = round((frame.pts - first) * rate) if frame.pts is not None else -1
+            if i == wanted[found]:
                 frames[found] = _to_array(frame, size, scaler)
                 found += 1
-    return frames if found == len(wanted) else None
+                if found == len(wanted):
+                    return frames
+    raise ValueError(f"only {found} of {len(wanted)} frames decode")
 
 
 def _to_array(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndarray:
@@ -81,17 +84,19 @@ def centre_crop(frames: np.ndarray, crop: int) -> np.ndarray:
     return frames[:, a : a + crop, a : a + crop]
 
 
-def random_crop(frames: np.ndarray, crop: int, augment: Augment, rng: np.random.Generator) -> np.ndarray:
-    """(N, S, S, 3) -> (N, crop, crop, 3): rotation, scale, shift and crop, one draw for the whole clip."""
-    size = frames.shape[1]
+def random_crop(frames: np.ndarray, augment: Augment, rng: np.random.Generator, out: np.ndarray) -> None:
+    """(N, S, S, 3) -> out (N, crop, crop, 3): rotation, scale, shift and crop, one draw for the whole clip."""
+    size, crop = frames.shape[1], out.shape[1]
     draw = rng.random(3) < augment.probability
     angle = draw[0] * rng.uniform(-augment.rotate, augment.rotate)
     scale = 1 + draw[1] * rng.uniform(-augment.scale, augment.scale)
     shift = draw[2] * rng.uniform(-augment.translate, augment.translate, 2) * size / 256
     corner = rng.integers(0, size - crop + 1, 2)
     if not draw.any():
-        return frames[:, corner[1] : corner[1] + crop, corner[0] : corner[0] + crop]
+        out[:] = frames[:, corner[1] : corner[1] + crop, corner[0] : corner[0] + crop]
+        return
     middle = (size - 1) / 2
     matrix = cv2.getRotationMatrix2D((middle, middle), angle, scale)
     matrix[:, 2] += shift - corner
-    return np.stack([cv2.warpAffine(f, matrix, (crop, crop), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for f in frames])
+    for frame, to in zip(frames, out):
+        cv2.warpAffine(frame, matrix, (crop, crop), dst=to, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

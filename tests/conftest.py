@@ -11,7 +11,8 @@ import pytest
 
 from flallm import config as cfg
 from flallm.corpora import synthetic
-from flallm.shards import Options, make_shards
+from flallm.encode import Options
+from flallm.shards import make_shards
 
 SMALL = {
     "encoder.stem": 8,

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from flallm.loader import Batch, Clips
 from flallm.model.light_t import light_t
 from flallm.model.translator import Translator
 from flallm.model.visual_encoder import VisualEncoder
-from flallm.shards import Shards
 from flallm.text import Text
 
 
@@ -21,12 +18,12 @@ def setting(small):
     config = small("stage1")
     text = Text(config.llm)
     model = Translator(config, text).eval()
-    clips = Clips(Shards(config.data.shards, "train"), config.data, text, 0)
+    clips = Clips("train", config.data, text, 0)
     return config, model, clips
 
 
 def batch_of(clips: Clips, *numbers: int) -> Batch:
-    return clips.collate([clips[(None, n)] for n in numbers])
+    return clips.batch([(None, n) for n in numbers])
 
 
 def test_the_result_of_a_clip_does_not_depend_on_its_batch(setting):
@@ -134,9 +131,10 @@ def test_a_checkpoint_comes_back_and_an_altered_one_is_refused(small, tmp_path):
 
 def test_a_bad_clip_in_a_batch_is_named_and_the_rest_goes_on(setting):
     _config, model, clips = setting
-    samples = [clips[(None, 0)], {"key": "gone", "cause": "why"}]
-    batch = clips.collate(samples)
-    assert batch.bad == [{"key": "gone", "cause": "why"}] and len(batch.keys) == 1
-    empty = clips.collate(samples[1:])
-    loss, _ = model.train()(replace(empty))
-    assert empty.tokens == 0 and float(loss) == 0 and np.isfinite(float(loss))
+    clips.shards.index["checksum"][1] += np.uint64(1)
+    (whole,), batch = (batch_of(clips, 0).keys, batch_of(clips, 0, 1))
+    assert batch.keys == [whole] and torch.equal(batch.frames, batch_of(clips, 0).frames)
+    assert [b["key"] for b in batch.bad] == ["train sample 1"] and "altered" in batch.bad[0]["cause"]
+    empty = batch_of(clips, 1)
+    loss, _ = model.train()(empty)
+    assert empty.tokens == 0 and loss.item() == 0

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from flallm import checkpoint, engine, evaluate
 from flallm import config as cfg
 from flallm.corpora import synthetic
+from flallm.encode import Options
 from flallm.loader import Clips
 from flallm.model.translator import Translator
-from flallm.plan import Plan
-from flallm.shards import Options, Shards, make_shards
+from flallm.shards import Shards, make_shards
 from flallm.text import Text
-from flallm.train import train
+from flallm.train import make_plan, train
 
 PLAIN_SGD = {"train.optimizer": "sgd", "train.momentum": 0, "train.lr_encoder": 0.1, "train.lr_adapter": 0.1, "train.lr_language": 0.1}
 GLOBAL = {"encoder.global_batch_norm": True, "train.batch": 12}
@@ -25,16 +25,15 @@ GLOBAL = {"encoder.global_batch_norm": True, "train.batch": 12}
 def model_and_clips(config):
     torch.manual_seed(0)
     model = Translator(config, Text(config.llm)).train()
-    shards = Shards(config.data.shards, "train")
-    return model, Clips(shards, config.data, model.text, 0), shards
+    return model, Clips("train", config.data, model.text, 0)
 
 
 def one_zero2_step(config, out: Path) -> None:
     ranks = engine.join()
-    model, clips, shards = model_and_clips(config)
+    model, clips = model_and_clips(config)
     zero = engine.start_engine(model, config.train, ranks)
-    plan = Plan(shards.index["frames"], config.train.batch, config.train.micro_batches, ranks.world_size, 0)
-    batches = [clips.collate([clips[(0, int(n))] for n in part[ranks.rank]]) for part in plan.step(0, 0)]
+    plan = make_plan(config, clips, ranks.world_size)
+    batches = [clips.batch([(0, int(n)) for n in part[ranks.rank]]) for part in plan.step(0, 0)]
     engine.train_step(zero, batches, ranks)
     if ranks.first:
         save_file({k: v.clone() for k, v in model.state_dict().items()}, out)
@@ -91,9 +90,9 @@ def runs(shards, llm, tmp_path_factory):
 @pytest.mark.parametrize("name", ["step1", "step4"])
 def test_weights_after_a_zero2_step_on_two_ranks_are_those_of_plain_pytorch_on_the_global_batch(runs, name):
     configs, out = runs
-    model, clips, shards = model_and_clips(configs[name])
-    micro_batches = Plan(shards.index["frames"], 12, configs[name].train.micro_batches, 1, 0).step(0, 0)
-    batches = [clips.collate([clips[(0, int(n))] for n in part[0]]) for part in micro_batches]
+    model, clips = model_and_clips(configs[name])
+    micro_batches = make_plan(configs[name], clips, 1).step(0, 0)
+    batches = [clips.batch([(0, int(n)) for n in part[0]]) for part in micro_batches]
     tokens = sum(batch.tokens for batch in batches)
     for batch in batches:
         (model(batch)[0] / tokens).backward()

@@ -7,7 +7,7 @@ import numpy as np
 
 from flallm import video
 from flallm.corpora import synthetic
-from flallm.shards import Options, encode
+from flallm.encode import Options, encode
 
 SIDE, FRAMES, CLIPS = 150, 9, 5
 

@@ -1,5 +1,6 @@
 """Makes the WebDataset shards that flallm trains on: `python tools/make_shards.py CORPUS … --out DIR`."""
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 from fire.decorators import SetParseFn
 
 from flallm import UserError, cli, config
-from flallm.corpora import Clip
-from flallm.shards import Options, make_shards
+from flallm.corpora import Clip, LeftOut
+from flallm.encode import Options
+from flallm.shards import make_shards
 
 ENCODING = """
     Encoding, for every corpus:
@@ -18,6 +20,8 @@ ENCODING = """
         --gop=96           frames between keyframes
         --per_shard=500    clips a shard
         --processes=N      encoders at a time; one a core where it is not given
+        --part=i/n         only every n-th shard from the i-th on (from 0), so that many nodes can share the work;
+                           at the end the same command without --part joins the indexes
 """
 
 
@@ -70,6 +74,44 @@ def phoenix14t(release: str, *, out: str, **options: str) -> cli.Job:
 
 
 @SetParseFn(str)
+def csl_daily(root: str, *, out: str, **options: str) -> cli.Job:
+    """CSL-Daily from its official tree.
+
+    Args:
+        root: the folder that holds sentence_label and sentence/frames_512x512 or sentence-crop
+        out: the folder to write into
+        options: encoding, see --help of the tool
+    """
+    from flallm.corpora import csl_daily
+
+    return _job(lambda: csl_daily.clips(Path(root)), out, options, {"name": "csl-daily"})
+
+
+@SetParseFn(str)
+def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | None = None, **options: str) -> cli.Job:
+    """How2Sign: its re-aligned sentences, cut out of the full videos; or the published clips, which were cut at other times.
+
+    Args:
+        tables: the folder of how2sign_realigned_train.csv, how2sign_realigned_val.csv and how2sign_realigned_test.csv
+        out: the folder to write into
+        videos: the folder of the full videos; they may lie deeper in it
+        precut: instead of it the folder of the published clips
+        options: encoding, see --help of the tool
+    """
+    from flallm.corpora import how2sign
+
+    if (videos is None) == (precut is None):
+        raise UserError("how2sign: either --videos=DIR of the full videos or --precut=DIR of the published clips is needed")
+    times = "re-aligned" if videos else "original: the published clips' own, which differ from the re-aligned times of the tables"
+
+    def clips():
+        print(f"times: {times}")
+        return how2sign.clips(Path(tables), Path(videos or precut), precut is not None)
+
+    return _job(clips, out, options, {"name": "how2sign", "times": times})
+
+
+@SetParseFn(str)
 def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
     """The labels.train, labels.dev, labels.test files of GFSLT-VLP and its descendants.
 
@@ -90,13 +132,47 @@ def _whole(name: str, value: str) -> int:
     return int(value)
 
 
+@SetParseFn(str)
+def verify(folder: str, *, split: str | None = None, processes: str | None = None) -> cli.Job:
+    """Reads every sample back: checksums, all frames, keys, and that the tars hold what the index says. Exit code 1 where something is wrong.
+
+    Args:
+        folder: the folder of finished shards
+        split: only this one; all where it is not given
+        processes: readers at a time; one a core where it is not given
+    """
+
+    def work() -> int:
+        from flallm.shards import splits_of
+        from flallm.verify import verify
+
+        problems = 0
+        for line in verify(folder, [split] if split else splits_of(folder), _whole("processes", processes) if processes else os.cpu_count()):
+            print(line)
+            problems += 1
+        print(f"{problems} problems" if problems else "all samples are as the index says")
+        return 1 if problems else 0
+
+    return cli.Job(work)
+
+
+def _part(value: str) -> tuple[int, int]:
+    number, _, of = value.partition("/")
+    if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
+        raise UserError(f"--part: {value!r} is not of the form i/n with i from 0 to n - 1")
+    return int(number), int(of)
+
+
 def _job(clips, out: str, options: dict[str, str], corpus: dict) -> cli.Job:
-    processes = options.pop("processes", None)
+    processes, part = options.pop("processes", None), _part(options.pop("part", "0/1"))
     encoding = config.from_options(Options, options)
 
     def work() -> None:
-        found: Iterable[Clip] = clips()
-        dataset = make_shards(found, out, encoding, corpus, _whole("processes", processes) if processes else None)
+        found: Iterable[Clip | LeftOut] = clips()
+        dataset = make_shards(found, out, encoding, corpus, _whole("processes", processes) if processes else None, part)
+        if not dataset:
+            print(f"part {part[0]} of {part[1]} is made; when all are, the same command without --part joins them")
+            return
         for split, counts in dataset["splits"].items():
             print(f"{split}: {counts['clips']} clips, {counts['frames']} frames")
         print(f"rows kept: sha256 {dataset['rows_sha256'][:16]}…, left out: {len(dataset['left_out'])}")
@@ -108,7 +184,15 @@ def _job(clips, out: str, options: dict[str, str], corpus: dict) -> cli.Job:
     return cli.Job(work)
 
 
-COMMANDS = {"synthetic": synthetic, "manifest": manifest, "phoenix14t": phoenix14t, "labels": labels}
+COMMANDS = {
+    "synthetic": synthetic,
+    "manifest": manifest,
+    "phoenix14t": phoenix14t,
+    "csl-daily": csl_daily,
+    "how2sign": how2sign,
+    "labels": labels,
+    "verify": verify,
+}
 
 if __name__ == "__main__":
     if sys.argv[1:] in ([], ["--help"]):

@@ -1,0 +1,51 @@
+"""The loader's worker side: one clip from its shard to uint8 frames in shared memory. Kept light: no torch, no transformers."""
+
+from __future__ import annotations
+
+import os
+from zlib import crc32
+
+import av
+import cv2
+import numpy as np
+
+from flallm import video
+from flallm.shards import BadSample, Shards
+
+_shards: Shards
+_options: tuple
+
+
+def start(folder: str, split: str, cache: str, cache_gib: float, options: tuple) -> None:
+    """Opens the split once a process. options: (resize, crop, stride, max_frames, augment, seed)."""
+    global _shards, _options
+    os.nice(10)  # decoding fills the gaps that training leaves, and does not make ranks wait for each other
+    cv2.setNumThreads(1)
+    _shards, _options = Shards(folder, split, cache, cache_gib), options
+
+
+def run(number: int, epoch: int | None, memory: str, first: int, frames: int) -> tuple[str, str, str]:
+    """Puts the `frames` used frames of a clip into a file of shared memory from frame `first` on; returns (key, text, "") or
+    (key, "", the cause why not). With an epoch they are augmented."""
+    crop = _options[1]
+    out = np.memmap(memory, np.uint8, "r+", first * crop * crop * 3, (frames, crop, crop, 3))
+    return load(_shards, _options, number, epoch, out)
+
+
+def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np.ndarray) -> tuple[str, str, str]:
+    """As `run`, into an array."""
+    resize, crop, stride, max_frames, augment, seed = options
+    key = f"{shards.split} sample {number}"
+    try:
+        source, meta = shards.read(number)
+        key = meta["key"]
+        frames = video.decode(source, resize, stride, max_frames, meta["num_frames"])
+        if len(frames) != len(out):
+            raise BadSample(f"has {len(frames)} frames to use, {len(out)} by the index")
+    except (BadSample, ValueError, OSError, av.FFmpegError) as error:
+        return key, "", str(error) or type(error).__name__
+    if epoch is None:
+        out[:] = video.centre_crop(frames, crop)
+    else:  # one draw a clip, the same whichever rank or worker has it
+        video.random_crop(frames, augment, np.random.default_rng([seed, epoch, crc32(key.encode())]), out)
+    return key, meta["text"], ""

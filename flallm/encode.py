@@ -1,0 +1,134 @@
+"""`Clip` -> (mp4 bytes, the sample's JSON), in worker processes: a codec that crashes or hangs costs one clip, not the run."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from flallm.corpora import Clip, VideoFile, open_video
+from flallm.video import FRAME_STEP, MARK
+from flallm.workers import Lost, Workers
+
+TIMEOUT = 600  # seconds for one clip; a long one at 720p takes some
+
+
+@dataclass(frozen=True)
+class Options:
+    """How clips are encoded.
+
+    short_side: pixels; a smaller source is not enlarged. 256 is what the 224 crops are taken from.
+    fps: frames per second, or None to keep those of the source.
+    crf: x264's quality; 22 leaves fingers sharp at these sizes (about 52 dB on rendered 720p signing), 23 is x264's own default.
+    gop: frames between keyframes. Nothing seeks inside a clip, so a long one costs only little robustness.
+    per_shard: clips a shard; 500 of some 100 kB make files that parallel file systems like.
+    """
+
+    short_side: int = 256
+    fps: float | None = None
+    crf: int = 22
+    gop: int = 96
+    per_shard: int = 500
+
+
+def encode(clip: Clip, options: Options) -> tuple[bytes, dict]:
+    """The clip as (mp4 bytes, the sample's JSON). Raises OSError, ValueError or av.FFmpegError for one that cannot be read."""
+    video = _fitting_file(clip.media, options) or _encode_frames(clip.media, options)
+    with open_video(video) as container:
+        stream = container.streams.video[0]
+        frames = sum(1 for _ in container.decode(stream))
+        meta = {"key": clip.key, "text": clip.text, "gloss": clip.gloss, "signer": clip.signer, "num_frames": frames}
+        meta |= {"fps": round(float(stream.average_rate or 0), 3), "width": stream.width, "height": stream.height, "source": clip.media.source}
+    if not frames:
+        raise ValueError("holds no frame")
+    return video, {name: value for name, value in meta.items() if value is not None}
+
+
+def encode_all(clips: Iterable[Clip], options: Options, processes: int) -> Iterator[tuple[bytes, dict] | str]:
+    """What `encode` gives for each clip, in order, or the cause why it gives nothing."""
+    with Workers(processes, "flallm.encode") as workers:
+        waiting: deque[Callable] = deque()
+        for clip in clips:
+            waiting.append(workers.start(_encode_or_cause, clip, options, timeout=TIMEOUT))
+            if len(waiting) > 16 * processes:  # a bounded number of them under way
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+
+
+def _result(result: Callable) -> tuple[bytes, dict] | str:
+    try:
+        return result()
+    except Lost as cause:
+        return f"cannot be decoded: {cause}"
+
+
+def _encode_or_cause(clip: Clip, options: Options) -> tuple[bytes, dict] | str:
+    try:
+        return encode(clip, options)
+    except (OSError, ValueError, av.FFmpegError) as error:
+        return f"cannot be decoded: {error}"
+
+
+def _fitting_file(media, options: Options) -> bytes | None:
+    """The bytes of a file that is already what `_encode_frames` would aim for, else None."""
+    if not isinstance(media, VideoFile) or media.start is not None or media.end is not None:
+        return None
+    with open_video(media.path) as container:
+        stream = container.streams.video[0]
+        if (
+            "mp4" not in container.format.name
+            or len(container.streams) > 1
+            or stream.codec_context.name != "h264"
+            or stream.codec_context.pix_fmt != "yuv420p"
+            or min(stream.width, stream.height) > options.short_side
+            or (options.fps and stream.average_rate != Fraction(options.fps))
+            or any(frame.rotation for frame in (next(container.decode(stream), None),) if frame)
+        ):
+            return None
+    return Path(media.path).read_bytes()
+
+
+def _encode_frames(media, options: Options) -> bytes:
+    fps, frames = media.frames()
+    if options.fps:
+        frames, fps = _resample(frames, fps, Fraction(options.fps)), Fraction(options.fps)
+    fps = fps.limit_denominator(1001)
+    output, scaler = io.BytesIO(), VideoReformatter()  # one for all frames: it keeps its tables
+    with av.open(output, "w", format="mp4") as container:
+        container.metadata[MARK[0]] = MARK[1]
+        stream = None
+        for i, frame in enumerate(frames):
+            if stream is None:
+                stream = container.add_stream("libx264", rate=fps)
+                scale = min(1.0, options.short_side / min(frame.width, frame.height))
+                stream.width, stream.height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
+                stream.pix_fmt = "yuv420p"
+                stream.thread_count = 1  # all cores are busy with other clips, and the bytes do not depend on their number
+                # Every 4th frame is a reference frame and the three between are not, so that a reader of T/4 frames
+                # (the paper's sub-sampling) can pass over the others without decoding them.
+                # No mbtree: its AVX-512 code gives other bytes from run to run below 256 pixels (measured, x264 in PyAV 18.1).
+                x264 = f"keyint={options.gop}:scenecut=0:bframes={FRAME_STEP - 1}:b-adapt=0:b-pyramid=none:ref=1:mbtree=0"
+                stream.options = {"preset": "veryfast", "crf": str(options.crf), "x264-params": x264}
+            frame = scaler.reformat(frame, stream.width, stream.height, "yuv420p", interpolation=Interpolation.AREA)
+            frame.pts, frame.time_base = i, 1 / fps
+            container.mux(stream.encode(frame))
+        if stream is None:
+            raise ValueError("holds no frame")
+        container.mux(stream.encode())
+    return output.getvalue()
+
+
+def _resample(frames: Iterator[av.VideoFrame], source: Fraction, target: Fraction) -> Iterator[av.VideoFrame]:
+    """Drops or repeats frames so that frame i is the one shown at i / target seconds."""
+    shown = 0
+    for i, frame in enumerate(frames):
+        while shown / target < (i + 1) / source:
+            shown += 1
+            yield frame

@@ -1,0 +1,62 @@
+"""Reads every sample of a folder of shards back: checksums, every frame, keys, and that the tars hold what the index says and no more."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from flallm.corpora import open_video
+from flallm.encode import TIMEOUT
+from flallm.shards import BadSample, Shards
+from flallm.workers import Lost, Workers
+
+
+def verify(folder: str, splits: list[str], processes: int) -> Iterator[str]:
+    """A line for everything that is wrong in these splits."""
+    for split in splits:
+        shards = Shards(folder, split)
+        keys: Counter[str] = Counter()
+        numbers = [np.flatnonzero(shards.index["shard"] == n) for n in range(len(shards.shard_bytes))]
+        with Workers(processes, "flallm.verify") as workers, tqdm(total=len(shards), unit="clip", desc=split, disable=None) as bar:
+            results = [workers.start(_verify_shard, folder, split, n, rows.tolist(), timeout=TIMEOUT) for n, rows in enumerate(numbers)]
+            for n, (result, rows) in enumerate(zip(results, numbers)):
+                try:
+                    found, problems = result()
+                    keys.update(found)
+                    yield from problems
+                except Lost as cause:
+                    yield f"{split}-{n:06d}.tar: cannot be read back: {cause}"
+                bar.update(len(rows))
+        yield from (f"{split}: {count} samples have the key {key!r}" for key, count in keys.items() if count > 1)
+
+
+def _verify_shard(folder: str, split: str, number: int, rows: list[int]) -> tuple[list[str], list[str]]:
+    """(keys, problems) of one shard."""
+    shards, name = Shards(folder, split), f"{split}-{number:06d}.tar"
+    keys, problems = [], []
+    for i in rows:
+        try:
+            video, meta = shards.read(i)
+            keys.append(meta["key"])
+            with open_video(video) as container:
+                frames = sum(1 for _ in container.decode(video=0))
+            if not frames == meta["num_frames"] == shards.index["frames"][i]:
+                problems.append(f"{name}: {meta['key']} has {frames} frames, {meta['num_frames']} by its JSON, {shards.index['frames'][i]} by the index")
+        except (BadSample, ValueError, OSError, av.FFmpegError) as error:
+            problems.append(f"{name}: sample {i}: {error}")
+    wanted = [f"{key}.{extension}" for key in keys for extension in ("json", "mp4")]
+    try:
+        with tarfile.open(Path(folder, name)) as tar:
+            members = [(member.name, member.isreg()) for member in tar]
+    except (tarfile.TarError, OSError, ValueError) as error:
+        return keys, [*problems, f"{name}: no readable tar: {error}"]
+    if len(keys) == len(rows) and members != [(file, True) for file in wanted]:
+        strange = next((m for m, (file, regular) in enumerate(members) if m >= len(wanted) or file != wanted[m] or not regular), len(members))
+        problems.append(f"{name}: member {strange} is not the file the index says: the tar was changed")
+    return keys, problems
