@@ -1,21 +1,28 @@
 import gzip
+import json
 import os
 import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
 
 from flallm import UserError
-from flallm.corpora import labels, manifest, phoenix14t, synthetic
+from flallm.corpora import MISSING, Clip, ImageFiles, LeftOut, VideoFile, csl_daily, how2sign, labels, manifest, phoenix14t, synthetic
 from flallm.shards import Options, encode
 
 
-def images(folder: Path, count: int = 5) -> None:
+def images(folder: Path, count: int = 5, name: str = "images{:04d}.png") -> None:
     folder.mkdir(parents=True)
     for i in range(count):
-        cv2.imwrite(str(folder / f"images{i + 1:04d}.png"), np.full((260, 210, 3), 10 * i, np.uint8))
+        cv2.imwrite(str(folder / name.format(i + 1)), np.full((260, 210, 3), 10 * i, np.uint8))
 
 
 def test_synthetic_is_what_it_says():
@@ -59,11 +66,15 @@ def test_phoenix14t_official_tree(tmp_path):
     header = "name|video|start|end|speaker|orth|translation\n"
     for split, name in (("train", "01April_2010_Thursday_heute-6694"), ("dev", "11August_2010"), ("test", "25October_2010")):
         row = f'{name}|{name}/1/*.png|-1|-1|Signer04|JETZT WETTER|und nun "die wettervorhersage\n'
+        if split == "test":  # rows that give no clip, and do not shift those that do
+            row = f"gone|x|-1|-1|S|A|text\n../dev/11August_2010|x|-1|-1|S|A|text\n{row}{name}|x|-1|-1|S|A| \nshort|x\n"
         (root / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv").write_text(header + row)
         folder = root / "features/fullFrame-210x260px" / split / name
         images(folder / "1" if split == "dev" else folder)  # some trees still have the 1/
     (root / "features/fullFrame-210x260px/train/01April_2010_Thursday_heute-6694/x.lprof").write_text("stray")
-    clips = list(phoenix14t.clips(tmp_path / "PHOENIX-2014-T-release-v3"))
+    rows = list(phoenix14t.clips(tmp_path / "PHOENIX-2014-T-release-v3"))
+    clips, left = [x for x in rows if isinstance(x, Clip)], [x for x in rows if isinstance(x, LeftOut)]
+    assert [x.cause for x in left] == [MISSING, MISSING, "has no text", "has 2 fields, not 7"] and left[3].source.endswith("test.corpus.csv:6")
     assert [(c.split, c.text, c.gloss, c.signer) for c in clips] == [
         (s, 'und nun "die wettervorhersage', "JETZT WETTER", "Signer04") for s in ("train", "dev", "test")
     ]
@@ -74,18 +85,43 @@ def test_phoenix14t_official_tree(tmp_path):
         list(phoenix14t.clips(tmp_path))
 
 
-def write_labels(folder: Path, content) -> None:
+def write_labels(folder: Path, content, pack=gzip.compress) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / "labels.train").write_bytes(gzip.compress(pickle.dumps(content)))
+    (folder / "labels.train").write_bytes(pack(content if isinstance(content, bytes) else pickle.dumps(content)))
 
 
-def test_labels_pickle(tmp_path):
+def test_labels_of_both_families(tmp_path):
     images(tmp_path / "frames/train/a.b")
-    row = {"name": "train/a.b", "gloss": "A B", "text": "ein text", "length": 5, "imgs_path": [f"train/a.b/images{i:04d}.png" for i in range(1, 6)]}
+    paths = [f"train/a.b/images{i:04d}.png" for i in range(2, 6)]
+    row = {"name": "train/a.b", "gloss": "A B", "text": " ein text", "length": 4, "imgs_path": paths}
     write_labels(tmp_path / "labels", {"train/a.b": row})
     (clip,) = labels.clips(tmp_path / "labels", tmp_path / "frames")
     assert (clip.key, clip.split, clip.text, clip.gloss) == ("a_b", "train", "ein text", "A B")
-    assert encode(clip, Options())[1]["num_frames"] == 5
+    assert encode(clip, Options())[1]["num_frames"] == 4
+    write_labels(tmp_path / "labels", [{"name": "train/a.b", "gloss": ("A", "B"), "text": "ein text"}], bytes)
+    (other,) = labels.clips(tmp_path / "labels", tmp_path / "frames")
+    assert (other.key, other.gloss, encode(other, Options())[1]["num_frames"]) == ("a_b", "A B", 5)
+
+
+def test_labels_that_give_no_clip_are_left_out_with_the_cause(tmp_path):
+    images(tmp_path / "frames/a")
+    images(tmp_path / "outside")
+    good = {"name": "a", "text": "ein text", "imgs_path": ["a/images0001.png"]}
+    bad = [
+        {**good, **change} for change in ({"text": " "}, {"text": "a\0b"}, {"text": "\ud83d"}, {"text": None}, {"imgs_path": []}, {"imgs_path": ["b/1.png"]})
+    ]
+    bad += [{**good, "imgs_path": [good["imgs_path"][0], path]} for path in ("../outside/images0001.png", str(tmp_path / "outside/images0001.png"))]
+    write_labels(tmp_path / "labels", [*bad, "no row", good])
+    *left, clip = labels.clips(tmp_path / "labels", tmp_path / "frames")
+    half, row, leads = (
+        "its text holds a NUL or half a character",
+        "is no clip of {name, text, gloss, imgs_path}",
+        "a path in it is empty or leads out of the folder of images",
+    )
+    assert [x.cause for x in left] == ["has no text", half, half, row, "names no image", MISSING, leads, leads, row]
+    assert isinstance(clip, Clip) and left[-1].key == "clip 9"
+    with pytest.raises(UserError, match="another --root"):
+        list(labels.clips(tmp_path / "labels", tmp_path / "outside"))
 
 
 class Hostile:
@@ -103,19 +139,305 @@ def test_a_hostile_pickle_runs_nothing(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_pickle_takes_no_time_or_memory_that_its_size_does_not_explain(tmp_path):
+    """Each is below 1 kB, and pickle.load needs gigabytes or years for it."""
+    nested = b"\x80\x04)" + b"2\x86" * 60  # () -> ((), ()) -> …, whose hash takes 2^60 steps
+    for content, said in (
+        (nested[:2] + b"}" + nested[2:] + b"Ns.", "unhashable"),
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", "NoneType"),
+        (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".", "refused"),
+    ):
+        write_labels(tmp_path / "labels", content)
+        with pytest.raises(UserError, match=said):
+            list(labels.clips(tmp_path / "labels", tmp_path))
+
+
 def test_manifest(tmp_path):
-    images(tmp_path / "frames")
+    images(tmp_path / "frames", 12, "{}.png")
     table = tmp_path / "clips.tsv"
     table.write_text("\ufeffvideo\ttext\tsplit\tfps\tsigner\nframes\tGuten Morgen\ttrain\t12.5\tAnna\n", encoding="utf-8")
     (clip,) = manifest.clips(table, tmp_path)
     assert (clip.text, clip.split, clip.signer, encode(clip, Options())[1]["fps"]) == ("Guten Morgen", "train", "Anna", 12.5)
-    for content, message in (
-        ("video,text\nframes,x\n", "no split"),
-        ("video,text,split,glos\nframes,x,train,y\n", "unknown column 'glos'"),
-        ("video,text,split\nnothing.mp4,x,train\n", "does not exist"),
-        ("video,text,split,start\nframes,x,train,soon\n", "is not a number"),
-    ):
-        bad = tmp_path / "bad.csv"
-        bad.write_text(content)
-        with pytest.raises(UserError, match=message):
-            list(manifest.clips(bad, tmp_path))
+    levels = [f.to_ndarray(format="gray").mean() for f in clip.media.frames()[1]]
+    assert levels == sorted(levels) and len(levels) == 12  # 10.png comes after 9.png
+    table = tmp_path / "clips.jsonl"
+    rows = [{"video": "frames", "text": text, "split": "dev", "signer": 3, "key": key} for key, text in (("a.b/c", "eins"), ("d", ""), ("e", "\0"))]
+    table.write_text("\n\n".join(json.dumps(row) for row in [*rows, {"video": str(tmp_path / "gone"), "text": "x", "split": "dev"}]))
+    clip, *left = manifest.clips(table, tmp_path)
+    assert (clip.key, clip.signer) == ("a_b_c", "3")
+    assert [(x.key, x.cause) for x in left] == [("d", "has no text"), ("e", "its text holds a NUL or half a character"), ("dev-0000003", MISSING)]
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("a.csv", "video,text\nframes,x\n", "row 1: no split"),
+        ("a.csv", "video,text,split,glos\nframes,x,train,y\n", "unknown column 'glos'"),
+        ("a.csv", "video,text,split\nnothing.mp4,x,train\n", "does not exist"),
+        ("a.csv", "video,text,split,start\nframes,x,train,soon\n", "is not a number"),
+        ("a.csv", "video,text,split,fps\nframes,x,train,nan\n", "is not a number"),
+        ("a.csv", "video,text,split,end\nframes,x,train,5\n", "is a folder of images"),
+        ("a.csv", "video,text,split\nframes,x,../../train\n", "is not a word"),
+        ("a.csv", "video,text,split\nframes,x\n", "line 2: it has more or fewer fields"),
+        ("a.csv", 'video,text,split\nframes,"x" y,train\n', "line 2: ',' expected"),
+        ("a.csv", 'video,text,split\nframes,"x,train\nframes,y,train\n', "unexpected end"),
+        ("a.csv", "video,text,split\nframes,ä,train\n".encode("latin-1"), "line 2: not UTF-8"),
+        ("a.csv", "video,text,split\n".encode("utf-16"), "line 1: not UTF-8"),
+        ("a.jsonl", "[1]\n", "line 1: it is no JSON object"),
+        ("a.jsonl", '{"video": "frames", "text": 1, "split": "train"}', "no text"),
+        ("a.jsonl", '{"video": "frames", "text": "x", "split": "train", "gloss": ["A"]}', "its gloss is no text"),
+        ("a.jsonl", "[" * 100_000, "line 1"),
+        ("a.txt", "", "ends in"),
+    ],
+)
+def test_a_table_with_a_mistake_is_one_clear_line(tmp_path, name, content, message):
+    images(tmp_path / "frames")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        list(manifest.clips(tmp_path / name, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def numbered(path: Path, fps, count: int, x264: str = "keyint=100:bframes=3:scenecut=0", start: int = 0) -> Path:
+    """A video whose frame i shows i as eight bright or dark columns."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.options = {"preset": "veryfast", "crf": "1", "x264-params": x264}
+        for i in range(count):
+            columns = np.repeat([255 * (i >> bit & 1) for bit in range(8)], 8).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(np.broadcast_to(columns[:, None], (48, 64, 3)).copy(), "rgb24")
+            frame.pts, frame.time_base = i + start, 1 / Fraction(fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(media) -> list[int]:
+    return [int(sum((f.to_ndarray(format="gray")[24, 8 * bit + 4] > 128) << bit for bit in range(8))) for f in media.frames()[1]]
+
+
+@pytest.mark.parametrize(
+    "name,fps,x264",
+    [
+        ("long.mp4", 24, "keyint=100:bframes=3:b-pyramid=normal:scenecut=0"),
+        ("open.mp4", 30, "keyint=48:bframes=8:b-adapt=0:open-gop=1:scenecut=0"),  # here seeking lands behind frames of the cut
+        ("ntsc.ts", Fraction(30000, 1001), "keyint=48:bframes=3:open-gop=1:scenecut=0"),  # no index, and times that begin at 0.07
+        ("milli.mkv", 24, "keyint=48:bframes=3:scenecut=0"),  # times in milliseconds
+    ],
+)
+def test_a_cut_is_exact_to_the_frame(tmp_path, name, fps, x264):
+    path = str(numbered(tmp_path / name, fps, 130, x264))
+    assert numbers(VideoFile(path)) == list(range(130))
+    for first in (0, 1, 45, 46, 47, 48, 49, 94, 95, 96, 99, 100, 101, 129):
+        start, end = (round(float(i / Fraction(fps)), 3) for i in (first, first + 3))
+        assert numbers(VideoFile(path, start, end)) == list(range(first, min(first + 3, 130))), first
+    with pytest.raises(ValueError, match="no frame begins in this part"):
+        numbers(VideoFile(path, 60, 61))
+
+
+def test_a_cut_does_not_decode_what_lies_before_its_keyframe(tmp_path):
+    path = numbered(tmp_path / "a.mp4", 24, 130, "keyint=24:bframes=3:scenecut=0")
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        for packet in container.demux(video=0):
+            if packet.pts is not None and packet.pts * packet.time_base < 3.9:
+                data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
+    path.write_bytes(data)
+    assert numbers(VideoFile(str(path), 4.5, 4.625)) == [108, 109, 110]
+    with pytest.raises(ValueError, match="no frame decodes"):
+        numbers(VideoFile(str(path)))
+
+
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)])
+def test_frames_come_out_upright(tmp_path, matrix):
+    """Signs have sides: a video that is stored turned or mirrored, with a note to show it otherwise, is shown as the note says."""
+    path, picture = tmp_path / "turned.mp4", np.zeros((48, 64, 3), np.uint8)
+    picture[:24, :32] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux([*stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")), *stream.encode()])
+    data, (a, b, c, d) = bytearray(path.read_bytes()), matrix
+    at = data.index(b"tkhd") + 4 + 40
+    data[at : at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    (frame,) = VideoFile(str(path)).frames()[1]
+    seen = frame.to_ndarray(format="gray")
+    assert seen.shape == ((48, 64) if a else (64, 48)) and not frame.rotation
+    right, below = -a - c > 0, -b - d > 0  # where the corner above and left of the middle goes
+    rows, columns = np.array_split(seen, 2)[below], slice(seen.shape[1] // 2, None) if right else slice(seen.shape[1] // 2)
+    assert rows[:, columns].mean() > 200 and seen.mean() < 90
+
+
+def test_videos_with_odd_rates(tmp_path):
+    assert VideoFile(str(numbered(tmp_path / "one.mp4", 24, 1))).frames()[0] == 24 and numbers(VideoFile(str(tmp_path / "one.mp4"))) == [0]
+    raw = str(numbered(tmp_path / "raw.h264", 24, 9))  # frames without times
+    assert numbers(VideoFile(raw)) == list(range(9))
+    with pytest.raises(ValueError, match="carry no times"):
+        numbers(VideoFile(raw, 0, 0.2))
+
+
+def test_a_video_cut_short_is_no_shorter_video(tmp_path):
+    for name in ("a.mp4", "a.mkv"):
+        whole = numbered(tmp_path / name, 24, 200)
+        if name == "a.mp4":
+            with av.open(str(whole)) as source, av.open(str(tmp_path / "fast.mp4"), "w", options={"movflags": "faststart"}) as container:
+                stream = container.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        container.mux(packet)
+            whole = tmp_path / "fast.mp4"
+        whole.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+        with pytest.raises(ValueError, match=r"breaks after \d\d+ frames"):
+            numbers(VideoFile(str(whole)))
+
+
+def test_only_the_file_itself_is_opened(tmp_path):
+    """A "video" that is a script of other files' names is no video, and a header cannot ask for all of the memory."""
+    numbered(tmp_path / "other.ts", 24, 5)
+    (tmp_path / "clip.mp4").write_text("ffconcat version 1.0\nfile other.ts\n")
+    with pytest.raises((ValueError, av.FFmpegError)):
+        numbers(VideoFile(str(tmp_path / "clip.mp4")))
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    for width, height in ((100_000, 100_000), (9000, 9000)):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b""))
+        with pytest.raises(ValueError, match=r"huge\.png is no image"):
+            list(ImageFiles(str(tmp_path), ("huge.png",)).frames()[1])
+
+
+ODD = Path(os.environ.get("FLALLM_ODD_VIDEOS", Path(__file__).parents[2] / "shared/data/odd-videos"))
+ODD_FRAMES = {
+    "decord_corrupted.mp4": "breaks after 28 frames",
+    "exo_invalid-bitstream.webm": "no frame decodes",
+    "exo_sample_av1.mp4": (30, 1080, 720, 29.97),
+    "exo_sample.mkv": (30, 1080, 720, 29.99),
+    "exo_sample_android_slow_motion.mp4": (7, 1280, 720, 13.32),
+    "exo_sample_fragmented.mp4": (30, 1080, 720, 29.97),
+    "exo_bear-vp9-odd-dimensions.webm": (30, 161, 121, 29.97),
+    "exo_sample_h265.ts": (30, 854, 480, 30),
+    "exo_video_desks.3gp": (71, 352, 288, 14.14),
+    "decord_video_90.mov": (3, 320, 568, 30),
+}
+
+
+@pytest.mark.skipif(not ODD.is_dir(), reason="the folder of odd videos is not there")
+@pytest.mark.parametrize("name", ODD_FRAMES)
+def test_odd_videos(name):
+    """Real files that break naive readers give all of their frames, or say why not."""
+    rate, frames = VideoFile(str(ODD / name)).frames()
+    if isinstance(ODD_FRAMES[name], str):
+        with pytest.raises(ValueError, match=ODD_FRAMES[name]):
+            list(frames)
+    else:
+        frames = list(frames)
+        assert (len(frames), frames[0].width, frames[0].height, round(float(rate), 2)) == ODD_FRAMES[name]
+
+
+def csl_tree(root: Path) -> None:
+    (root / "sentence_label").mkdir()
+    (root / "sentence_label/split_1.txt").write_text(
+        "name|split\nS000000_P0000_T00|train\nS000001_P0003_T00|dev\nS000005_P0004_T00|train\nS000002_P0001_T00|test\n"
+    )
+    for name in ("S000000_P0000_T00", "S000001_P0003_T00"):
+        images(root / "sentence/frames_512x512" / name, 4, "{:06d}.jpg")
+
+
+CSL_ROWS = [
+    {
+        "name": f"S00000{i}_P000{p}_T00",
+        "signer": p,
+        "length": 4,
+        "label_gloss": ["今天", "天气", "好"],
+        "label_char": [*"今天天气很好,真的?"],
+        "label_word": (),
+        "label_postag": [],
+    }
+    for i, p in ((0, 0), (1, 3), (2, 1))
+]
+
+
+@pytest.mark.parametrize("source", ["pickle", "table"])
+def test_csl_daily_official_tree(tmp_path, source):
+    csl_tree(tmp_path)
+    if source == "pickle":
+        (tmp_path / "sentence_label/csl2020ct_v2.pkl").write_bytes(pickle.dumps({"info": CSL_ROWS, "gloss_map": {"a": [(1, 2)]}}))
+    else:
+        lines = [f"{i}|{r['name']}|4|{' '.join(r['label_gloss'])}|{' '.join(r['label_char'])}|x|x" for i, r in enumerate(CSL_ROWS)]
+        (tmp_path / "sentence_label/video_map.txt").write_text("\n".join(["index|name|length|gloss|char|word|postag", *lines]))
+    train, dev, *left = csl_daily.clips(tmp_path)
+    assert (train.key, train.split, train.text, train.gloss, train.signer) == ("S000000_P0000_T00", "train", "今天天气很好,真的?", "今天 天气 好", "0")
+    assert (dev.split, dev.signer, encode(dev, Options())[1]["fps"], len(list(dev.media.frames()[1]))) == ("dev", "3", 30, 4)
+    assert [(x.key, x.split, x.cause) for x in left] == [
+        ("S000005_P0004_T00", "train", "is in the split file but has no label"),
+        ("S000002_P0001_T00", "test", MISSING),
+    ]
+
+
+def test_csl_daily_videos(tmp_path):
+    csl_tree(tmp_path)
+    (tmp_path / "sentence").rename(tmp_path / "elsewhere")
+    (tmp_path / "sentence_label/csl2020ct_v2.pkl").write_bytes(pickle.dumps({"info": CSL_ROWS}))
+    with pytest.raises(UserError, match="sentence-crop does not exist"):
+        list(csl_daily.clips(tmp_path))
+    (tmp_path / "sentence-crop").mkdir()
+    with pytest.raises(UserError, match="no other clip has a video either"):
+        list(csl_daily.clips(tmp_path))
+    numbered(tmp_path / "sentence-crop/S000001_P0003_T00.mp4", 30, 6)
+    (clip,) = (c for c in csl_daily.clips(tmp_path) if isinstance(c, Clip))
+    assert clip.key == "S000001_P0003_T00" and numbers(clip.media) == list(range(6))
+
+
+def how2sign_tree(root: Path, rows: list[str]) -> None:
+    header = "VIDEO_ID\tVIDEO_NAME\tSENTENCE_ID\tSENTENCE_NAME\tSTART_REALIGNED\tEND_REALIGNED\tSENTENCE"
+    for name in ("train", "val", "test"):
+        (root / f"how2sign_realigned_{name}.csv").write_text("\n".join([header, *(rows if name == "val" else [])]) + "\n")
+
+
+def test_how2sign(tmp_path, capsys):
+    """Re-aligned times are cut from full videos of both rates; what lies behind a video's end is cut or left out, and said."""
+    (tmp_path / "raw/val").mkdir(parents=True)
+    numbered(tmp_path / "raw/val/-a.b-5-rgb_front.mp4", 24, 120)
+    numbered(tmp_path / "raw/val/c-8-rgb_front.mp4", 30, 120)
+    numbered(tmp_path / "raw/val/c_0-8-rgb_front.mp4", 30, 9)
+    times = {
+        "a_1": (2.0, 2.13, "-a.b-5"),
+        "a_2": (4.9, 9.0, "-a.b-5"),
+        "a_3": (5.5, 6, "-a.b-5"),
+        "c_0": (0.97, 1.1, "c-8"),
+        "c_1": (1, "x", "c-8"),
+        "d_0": (0, 1, "d-1"),
+    }
+    how2sign_tree(tmp_path, [f"v\t{v}-rgb_front\ts\t{k}-8-rgb_front\t{a}\t{b}\tHe said \"hi. It's {k}" for k, (a, b, v) in times.items()] + ["only\ttwo", ""])
+    a_1, a_2, a_3, c_0, *left = how2sign.clips(tmp_path, tmp_path / "raw", precut=False)
+    assert (a_1.key, a_1.split, a_1.text) == ("a_1-8-rgb_front", "dev", "He said \"hi. It's a_1")
+    assert (numbers(a_1.media), numbers(a_2.media), numbers(c_0.media)) == ([48, 49, 50, 51], [118, 119], [30, 31, 32])
+    assert (a_1.media.frames()[0], c_0.media.frames()[0]) == (24, 30)
+    assert "dev: 1 sentences end after their video does" in capsys.readouterr().out
+    assert a_3.cause == "begins at 5.50 s, and its video ends at 5.00 s"
+    assert [x.cause for x in left] == ["its times are none: '1' to 'x'", MISSING, "has 2 fields, not 7"]
+    (clip,) = (c for c in how2sign.clips(tmp_path, tmp_path / "raw", precut=True) if isinstance(c, Clip))
+    assert clip.key == "c_0-8-rgb_front" and numbers(clip.media) == list(range(9))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no <VIDEO_NAME>\.mp4 of the tables"):
+        list(how2sign.clips(tmp_path, tmp_path / "empty", precut=False))
+    (tmp_path / "how2sign_realigned_test.csv").write_text("VIDEO_ID,VIDEO_NAME\n")
+    with pytest.raises(UserError, match=r"realigned_test\.csv: the header is not"):
+        list(how2sign.clips(tmp_path, tmp_path / "raw", precut=False))
+
+
+def test_how2sign_tool_says_which_times_it_used(tmp_path):
+    how2sign_tree(tmp_path, ["v\tv-rgb_front\ts\tv_0-8-rgb_front\t0.5\t1\thello"])
+    (tmp_path / "clips").mkdir()
+    numbered(tmp_path / "clips/v_0-8-rgb_front.mp4", 30, 9)
+    tool = [sys.executable, str(Path(__file__).parents[1] / "tools/make_shards.py"), "how2sign", str(tmp_path), f"--out={tmp_path / 'out'}"]
+    neither = subprocess.run(tool, capture_output=True, text=True)
+    assert neither.returncode == 2 and "either --videos=DIR" in neither.stderr and neither.stderr.count("\n") == 1
+    done = subprocess.run([*tool, f"--precut={tmp_path / 'clips'}", "--processes=1"], capture_output=True, text=True)
+    assert "times: original" in done.stdout and "dev: 1 clips, 9 frames" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["corpus"]["times"].startswith("original")

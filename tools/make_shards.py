@@ -70,6 +70,44 @@ def phoenix14t(release: str, *, out: str, **options: str) -> cli.Job:
 
 
 @SetParseFn(str)
+def csl_daily(root: str, *, out: str, **options: str) -> cli.Job:
+    """CSL-Daily from its official tree.
+
+    Args:
+        root: the folder that holds sentence_label and sentence/frames_512x512 or sentence-crop
+        out: the folder to write into
+        options: encoding, see --help of the tool
+    """
+    from flallm.corpora import csl_daily
+
+    return _job(lambda: csl_daily.clips(Path(root)), out, options, {"name": "csl-daily"})
+
+
+@SetParseFn(str)
+def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | None = None, **options: str) -> cli.Job:
+    """How2Sign: its re-aligned sentences, cut out of the full videos; or the published clips, which were cut at other times.
+
+    Args:
+        tables: the folder of how2sign_realigned_train.csv, how2sign_realigned_val.csv and how2sign_realigned_test.csv
+        out: the folder to write into
+        videos: the folder of the full videos; they may lie deeper in it
+        precut: instead of it the folder of the published clips
+        options: encoding, see --help of the tool
+    """
+    from flallm.corpora import how2sign
+
+    if (videos is None) == (precut is None):
+        raise UserError("how2sign: either --videos=DIR of the full videos or --precut=DIR of the published clips is needed")
+    times = "re-aligned" if videos else "original: the published clips' own, which differ from the re-aligned times of the tables"
+
+    def clips():
+        print(f"times: {times}")
+        return how2sign.clips(Path(tables), Path(videos or precut), precut is not None)
+
+    return _job(clips, out, options, {"name": "how2sign", "times": times})
+
+
+@SetParseFn(str)
 def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
     """The labels.train, labels.dev, labels.test files of GFSLT-VLP and its descendants.
 
@@ -108,7 +146,7 @@ def _job(clips, out: str, options: dict[str, str], corpus: dict) -> cli.Job:
     return cli.Job(work)
 
 
-COMMANDS = {"synthetic": synthetic, "manifest": manifest, "phoenix14t": phoenix14t, "labels": labels}
+COMMANDS = {"synthetic": synthetic, "manifest": manifest, "phoenix14t": phoenix14t, "csl-daily": csl_daily, "how2sign": how2sign, "labels": labels}
 
 if __name__ == "__main__":
     if sys.argv[1:] in ([], ["--help"]):

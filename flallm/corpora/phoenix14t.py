@@ -6,27 +6,31 @@ trees that still have the `1/` are read too. Text is lower-case German without a
 
 from __future__ import annotations
 
-import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from flallm import UserError
-from flallm.corpora import Clip, existing, image_folder
+from flallm.corpora import MISSING, Clip, ImageFiles, LeftOut, clip, existing, found, inside, read_table
 
 HEADER = ["name", "video", "start", "end", "speaker", "orth", "translation"]
+RELEASE = "is this the folder PHOENIX-2014-T-release-v3?"
 
 
-def clips(release: Path) -> Iterator[Clip]:
+def clips(release: Path) -> Iterator[Clip | LeftOut]:
     root = release / "PHOENIX-2014-T" if (release / "PHOENIX-2014-T").is_dir() else release
+    return found(_rows(root), f"the frames belong into {root}/features/fullFrame-210x260px/<split>")
+
+
+def _rows(root: Path) -> Iterator[Clip | LeftOut]:
     for split in ("train", "dev", "test"):
-        table = existing(root / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv", "is this the folder PHOENIX-2014-T-release-v3?")
-        with open(table, encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file, delimiter="|", quoting=csv.QUOTE_NONE)
-            if rows.fieldnames != HEADER:
-                raise UserError(f"{table}: the header is not {'|'.join(HEADER)}")
-            for row in rows:
-                folder = root / "features/fullFrame-210x260px" / split / row["name"]
-                if (folder / "1").is_dir():
-                    folder = folder / "1"
-                existing(folder, f"{table} names {row['name']}")
-                yield Clip(row["name"].replace(".", "_"), split, row["translation"].strip(), image_folder(folder), row["orth"], row["speaker"])
+        frames = existing(root / "features/fullFrame-210x260px" / split, RELEASE)
+        for row in read_table(root / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv", RELEASE, "|", HEADER, split):
+            if isinstance(row, LeftOut):
+                yield row
+                continue
+            folder = inside(frames, row["name"])
+            if folder is None or not os.path.isdir(folder):
+                yield LeftOut(row["name"], split, str(folder or frames), MISSING)
+                continue
+            folder = folder / "1" if os.path.isdir(folder / "1") else folder
+            yield clip(row["name"], split, row["translation"], ImageFiles(str(folder)), row["orth"], row["speaker"])
