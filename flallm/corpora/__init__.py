@@ -87,13 +87,15 @@ def found(clips: Iterator[Clip | LeftOut], hint: str) -> Iterator[Clip | LeftOut
 
 def open_video(source: str | bytes) -> av.container.InputContainer:
     """Opens the file of that path, or these bytes, for decoding with one thread (there are as many workers as cores).
-    Raises ValueError where there is no video stream or its frames are too large, OSError or av.FFmpegError for what can't be opened."""
+    Raises ValueError where there is no video stream, its codec is unknown or its frames are too large, OSError or av.FFmpegError for what can't be opened."""
     file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"  # never a URL, whatever the name looks like
     container = av.open(file, metadata_errors="ignore", options={"format_whitelist": FORMATS})
     try:
         if not container.streams.video:
             raise ValueError("holds no video stream")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("its codec is unknown")
         if stream.width * stream.height > MAX_PIXELS:
             raise ValueError(f"its frames are too large: {stream.width}x{stream.height}")
         stream.thread_count = 1
@@ -170,7 +172,7 @@ class VideoFile:
                         count += 1
                         yield frame
                 else:  # a Matroska file cut short ends like a whole one; its header knows better
-                    if time < min(stated - 1, 0.9 * stated):
+                    if 0 < time < min(stated - 1, 0.9 * stated):
                         raise ValueError(f"breaks after {count} frames, at {time:.2f} of {stated:.2f} seconds")
         except av.FFmpegError as error:
             raise ValueError(f"breaks after {count} frames: {error}" if count else f"no frame decodes: {error}") from None
