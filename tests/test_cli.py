@@ -33,7 +33,10 @@ def test_names_and_options_are_frozen():
         "synthetic": ["out", "seed", "train", "dev", "test", "size", "options"],
         "manifest": ["table", "out", "root", "options"],
         "phoenix14t": ["release", "out", "options"],
+        "csl-daily": ["root", "out", "options"],
+        "how2sign": ["tables", "out", "videos", "precut", "options"],
         "labels": ["folder", "root", "out", "options"],
+        "verify": ["folder", "split", "processes"],
     }
 
 
