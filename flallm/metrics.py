@@ -1,94 +1,208 @@
-"""BLEU, ROUGE-L, chrF and WER under named conventions, with signatures and bootstrap intervals.
+"""BLEU, ROUGE-L, chrF, TER and WER under named conventions, with signatures and bootstrap intervals.
 
-One output has many numbers, so a score is never given without its convention:
-- raw: the sign-language line's. Whitespace tokens, BLEU-n with n-grams up to n, no smoothing.
-- 13a: sacreBLEU's defaults, exponential smoothing.
-ROUGE-L is COCO's under both: the mean of per-sentence F with beta 1.2 over whitespace tokens.
+One output has many numbers, so a score is never given without its convention (`CONVENTIONS`). All are sacreBLEU metrics: its own, and ROUGE-L and WER
+written as such here, so that the interval of every score is its bootstrap and every score can stand in its paired tests (`compare.py`).
+What is scored is raw text. An empty hypothesis gets no ROUGE-L and one error for each word of its reference; with an empty reference too it is perfect.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.base import Metric, Score, Signature
+
+from flallm import UserError
+
+RESAMPLES = 1000  # of the bootstrap; its seed is sacreBLEU's and stands in the signatures
+
+
+@dataclass(frozen=True)
+class Convention:
+    definition: str
+    used: str  # where
+    tokenize: str  # sacreBLEU's name of what BLEU counts as words …
+    smoothing: str
+    words: str = "none"  # … and of what ROUGE-L and WER count as words; none: what stands between spaces
+    lowercase: bool = False
+
 
 CONVENTIONS = {
-    "raw": {"tokenize": "none", "smooth_method": "none", "force": True},
-    "13a": {"tokenize": "13a", "smooth_method": "exp"},
+    "raw": Convention(
+        "words are what stands between spaces, BLEU-n has n-grams up to n, no smoothing",
+        "FLa-LLM and the papers it compares itself with, on PHOENIX14T and How2Sign",
+        "none",
+        "none",
+    ),
+    "13a": Convention("sacreBLEU's defaults: 13a tokens, exponential smoothing", "machine translation (WMT), YouTube-ASL", "13a", "exp"),
+    "csl-daily": Convention("every character is a word, spaces do not count, else as raw", "papers on CSL-Daily", "char", "none", words="char"),
+    "zh": Convention(
+        "sacreBLEU's zh tokens (every Chinese character and each run of other letters), exponential smoothing",
+        "machine translation into Chinese (WMT)",
+        "zh",
+        "exp",
+        words="zh",
+    ),
+    "lower": Convention("13a in lower case, hypotheses and references", "systems that write no capitals", "13a", "exp", lowercase=True),
 }
-RESAMPLES, SEED = 1000, 12345  # of the bootstrap, as in sacreBLEU
+
+
+def scores(hypotheses: Sequence[str], references: Sequence[str], conventions: Sequence[str] = tuple(CONVENTIONS)) -> dict[str, dict]:
+    """Every score under each convention: {"raw": {"bleu4": {"value", "ci95"}, …, "signature", "num_samples", "references_sha256"}, …}."""
+    assert len(hypotheses) == len(references) > 0
+    hypotheses, references = list(hypotheses), list(references)
+    measured: dict[tuple, tuple[dict, str]] = {}  # some conventions differ in BLEU only
+    found = {}
+    for convention in conventions:
+        parts, signatures = {}, {}
+        for name, (kind, arguments) in _kinds(convention).items():
+            key = (kind, *arguments.items())
+            if key not in measured:
+                measured[key] = _measure(kind(**arguments), hypotheses, references)
+            parts[name], signatures[name] = measured[key]
+        signatures = {"bleu": signatures["bleu4"]} | {name: s for name, s in signatures.items() if not name.startswith("bleu")}
+        found[convention] = parts | {
+            "signature": signatures,
+            "num_samples": len(references),
+            "references_sha256": hashlib.sha256("\n".join(references).encode(errors="surrogatepass")).hexdigest(),
+        }
+    return found
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> dict:
-    """Every score under one convention: {"bleu4": {"value", "ci95"}, …, "signature", "num_samples", "references_sha256"}."""
-    assert len(hypotheses) == len(references)
-    hypotheses, references = list(hypotheses), list(references)
-    scores = {}
-    for n in (1, 2, 3, 4):
-        metric = BLEU(max_ngram_order=n, **CONVENTIONS[convention])
-        scores[f"bleu{n}"] = _with_interval(metric, hypotheses, references)
-    scores["rouge_l"] = _mean_with_interval(100 * np.array([rouge_l(h, r) for h, r in zip(hypotheses, references)]))
-    chrf = CHRF()
-    scores["chrf"] = _with_interval(chrf, hypotheses, references)
-    scores["wer"] = _wer(hypotheses, references)
-    return scores | {
-        "signature": {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()), "rouge_l": "coco|beta:1.2|tok:none|mean"},
-        "num_samples": len(references),
-        "references_sha256": hashlib.sha256("\n".join(references).encode()).hexdigest(),
-    }
+    """Every score under one convention."""
+    return scores(hypotheses, references, [convention])[convention]
 
 
 def bleu4(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> float:
     """BLEU-4 alone, without an interval."""
-    return BLEU(**CONVENTIONS[convention]).corpus_score(list(hypotheses), [list(references)]).score
+    return metric(convention, "bleu4").corpus_score(list(hypotheses), [list(references)]).score
 
 
-def _with_interval(metric, hypotheses: list[str], references: list[str]) -> dict:
-    """A sacreBLEU score with the percentiles of its bootstrap (Koehn 2004), from the sentences' own statistics."""
-    statistics = np.array(metric._extract_corpus_statistics(hypotheses, [references]))
-    resampled = [metric._compute_score_from_stats(s.tolist()).score for s in statistics[_resampled(len(statistics))].sum(1)]
-    return _scored(metric.corpus_score(hypotheses, [references]).score, resampled)
+def metric(convention: str, name: str) -> Metric:
+    """One score of a convention as a sacreBLEU metric."""
+    kind, arguments = _kinds(convention)[name]
+    return kind(**arguments)
 
 
-def _scored(value: float, resampled) -> dict:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"value": float(value), "ci95": [min(float(low), float(value)), max(float(high), float(value))]}
+def _kinds(convention: str) -> dict[str, tuple[type[Metric], dict]]:
+    """A convention's scores: {name: (class, its arguments)}."""
+    if convention not in CONVENTIONS:
+        raise UserError(f"there is no convention {convention!r}, but {', '.join(CONVENTIONS)}")
+    c = CONVENTIONS[convention]
+    # force: no warning that a text looks tokenized, as sign language corpora do
+    bleu = {"tokenize": c.tokenize, "smooth_method": c.smoothing, "lowercase": c.lowercase, "force": True}
+    words = {"tokenize": c.words, "lowercase": c.lowercase}
+    chinese = c.words != "none"
+    return {f"bleu{n}": (BLEU, bleu | {"max_ngram_order": n}) for n in (1, 2, 3, 4)} | {
+        "rouge_l": (RougeL, words | {"beta": 1.2}),
+        "rouge_l_slrt": (RougeL, words | {"beta": None}),
+        "chrf": (CHRF, {"lowercase": c.lowercase}),
+        "ter": (TER, {"normalized": chinese, "asian_support": chinese}),
+        "wer": (WER, words),
+    }
 
 
-def _resampled(count: int) -> np.ndarray:
-    return np.random.default_rng(SEED).integers(0, count, (RESAMPLES, count))
+def _measure(metric: Metric, hypotheses: list[str], references: list[str]) -> tuple[dict, str]:
+    """({"value", "ci95"}, signature). The interval is the one sacreBLEU prints: the resamples' mean ± half the span of their middle 95 %; where that
+    span is lopsided it is widened to the value and cut at the ends of the scale."""
+    score = metric.corpus_score(hypotheses, [references], n_bootstrap=RESAMPLES)
+    signature = str(metric.get_signature())
+    said = json.loads(score.format(width=12, is_json=True, signature=signature))  # states no interval where every resample scores 0
+    mean, half = said.get("confidence_mean", 0.0), said.get("confidence_var", 0.0)
+    top = np.inf if isinstance(metric, WER | TER) else 100.0
+    return {"value": float(score.score), "ci95": [min(score.score, max(0.0, mean - half)), max(score.score, min(top, mean + half))]}, signature
 
 
-def _mean_with_interval(values: np.ndarray) -> dict:
-    return _scored(values.mean(), values[_resampled(len(values))].mean(1))
+class _Ratio(Metric):
+    """A corpus score that is a sum over the sentences ÷ another, in per cent. The underscored methods are those sacreBLEU asks of a metric."""
+
+    name: str
+
+    def __init__(self, tokenize: str, lowercase: bool):
+        super().__init__()
+        self.tokenizer, self.lowercase = BLEU(tokenize=tokenize).tokenizer, lowercase
+
+    def count(self, hypothesis: list[str], reference: list[str]) -> tuple[float, float]:
+        """(what the sentence adds above, what below)."""
+        raise NotImplementedError
+
+    def get_signature(self) -> Signature:
+        signature = super().get_signature()
+        signature.update("case", "lc" if self.lowercase else "mixed")
+        signature.update("tok", self.tokenizer.signature())
+        return signature
+
+    def _preprocess_segment(self, sent: str) -> str:
+        return self.tokenizer(sent.lower() if self.lowercase else sent)
+
+    def _extract_reference_info(self, refs: Sequence[str]) -> dict:
+        return {"reference": refs[0].split()}
+
+    def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
+        return list(self.count(hypothesis.split(), ref_kwargs["reference"]))
+
+    def _aggregate_and_compute(self, stats) -> Score:
+        return self._compute_score_from_stats(np.sum(stats, axis=0))
+
+    def _compute_score_from_stats(self, stats) -> Score:
+        above, below = map(float, stats)
+        return Score(self.name, 100 * above / below if below else 100.0 * (above > 0))
 
 
-def _wer(hypotheses: list[str], references: list[str]) -> dict:
-    from torchaudio.functional import edit_distance
+class WER(_Ratio):
+    """Word error rate: edits ÷ words of the references, over the corpus."""
 
-    errors = np.array([edit_distance(h.split(), r.split()) for h, r in zip(hypotheses, references)])
-    words = np.array([len(r.split()) for r in references])
-    picks = _resampled(len(words))
-    rates = 100 * errors[picks].sum(1) / np.maximum(1, words[picks].sum(1))
-    return _scored(100 * errors.sum() / max(1, words.sum()), rates)
+    name = "WER"
+
+    def count(self, hypothesis: list[str], reference: list[str]) -> tuple[float, float]:
+        from torchaudio.functional import edit_distance
+
+        return edit_distance(hypothesis, reference), len(reference)
 
 
-def rouge_l(hypothesis: str, reference: str, beta: float = 1.2) -> float:
-    """F-measure of the longest common subsequence of whitespace tokens (Lin 2004; beta of the COCO caption evaluation)."""
-    h, r = hypothesis.split(), reference.split()
-    common = _longest_common_subsequence(h, r)
+class RougeL(_Ratio):
+    """The mean over sentences of `rouge_l`. Beta 1.2 is that of the COCO caption evaluation, none that of the SLRT code base: precision ÷ recall."""
+
+    name = "ROUGE-L"
+
+    def __init__(self, tokenize: str, lowercase: bool, beta: float | None):
+        super().__init__(tokenize, lowercase)
+        self.beta = beta
+
+    def count(self, hypothesis: list[str], reference: list[str]) -> tuple[float, float]:
+        return rouge_l(hypothesis, reference, self.beta), 1
+
+    def get_signature(self) -> Signature:
+        signature = super().get_signature()
+        signature.update("beta", "precision/recall" if self.beta is None else self.beta)
+        return signature
+
+
+def rouge_l(hypothesis: list[str], reference: list[str], beta: float | None) -> float:
+    """F-measure of the longest common subsequence (Lin 2004), from 0 to 1."""
+    if not hypothesis and not reference:
+        return 1.0
+    common = _longest_common_subsequence(hypothesis, reference)
     if not common:
         return 0.0
-    precision, recall = common / len(h), common / len(r)
+    precision, recall = common / len(hypothesis), common / len(reference)
+    beta = precision / recall if beta is None else beta
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
 
 
 def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b):
-            diagonal, row[j + 1] = row[j + 1], diagonal + 1 if x == y else max(row[j + 1], row[j])
-    return row[-1]
+    """Its length, with a row of the usual table in the bits of one integer (Hyyrö 2004): a clear bit is a place in b where the length grows."""
+    places: dict[str, int] = {}
+    for j, word in enumerate(b):
+        places[word] = places.get(word, 0) | 1 << j
+    every = (1 << len(b)) - 1
+    row = every
+    for word in a:
+        matches = row & places.get(word, 0)
+        row = ((row + matches) | (row - matches)) & every
+    return len(b) - row.bit_count()

@@ -27,6 +27,8 @@ def test_names_and_options_are_frozen():
         "stage2": ["recipe", "stage1", "run_dir", "overrides"],
         "joint": ["recipe", "run_dir", "overrides"],
         "evaluate": ["run", "split"],
+        "score": ["hypotheses", "references", "convention"],
+        "compare": ["run_a", "run_b", "split"],
         "translate": ["run", "videos"],
     }
     assert options(make_shards.COMMANDS) == {
