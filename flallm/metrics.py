@@ -101,8 +101,8 @@ def _kinds(convention: str) -> dict[str, tuple[type[Metric], dict]]:
     return {f"bleu{n}": (BLEU, bleu | {"max_ngram_order": n}) for n in (1, 2, 3, 4)} | {
         "rouge_l": (RougeL, words | {"beta": 1.2}),
         "rouge_l_slrt": (RougeL, words | {"beta": None}),
-        "chrf": (CHRF, {"lowercase": c.lowercase}),
-        "ter": (TER, {"normalized": chinese, "asian_support": chinese}),
+        "chrf": (ChrF, {"lowercase": c.lowercase}),
+        "ter": (Ter, {"normalized": chinese, "asian_support": chinese}),
         "wer": (WER, words),
     }
 
@@ -114,8 +114,23 @@ def _measure(metric: Metric, hypotheses: list[str], references: list[str]) -> tu
     signature = str(metric.get_signature())
     said = json.loads(score.format(width=12, is_json=True, signature=signature))  # states no interval where every resample scores 0
     mean, half = said.get("confidence_mean", 0.0), said.get("confidence_var", 0.0)
-    top = np.inf if isinstance(metric, WER | TER) else 100.0
+    top = np.inf if isinstance(metric, WER | Ter) else 100.0
     return {"value": float(score.score), "ci95": [min(score.score, max(0.0, mean - half)), max(score.score, min(top, mean + half))]}, signature
+
+
+class _PlainNumbers:
+    """sacreBLEU's bootstrap counts in numpy's float32, and fails where a metric makes its score of these in some resamples and of a plain 0 in others."""
+
+    def _compute_score_from_stats(self, stats) -> Score:
+        return super()._compute_score_from_stats([float(x) for x in stats])
+
+
+class ChrF(_PlainNumbers, CHRF):
+    """sacreBLEU's."""
+
+
+class Ter(_PlainNumbers, TER):
+    """sacreBLEU's."""
 
 
 class _Ratio(Metric):
