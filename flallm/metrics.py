@@ -108,7 +108,7 @@ def _kinds(convention: str) -> dict[str, tuple[type[Metric], dict]]:
 
 def _measure(metric: Metric, hypotheses: list[str], references: list[str]) -> tuple[dict, str]:
     """({"value", "ci95"}, signature). The interval is the one sacreBLEU prints: the resamples' mean ± half the span of their middle 95 %; where that
-    span is lopsided it is widened to the value and cut at the ends of the scale."""
+    span is lopsided it is widened to the value and cut at the ends of the scale. Takes up to 72 KB of memory a sentence (chrF: 18 counts x 1000)."""
     score = metric.corpus_score(hypotheses, [references], n_bootstrap=RESAMPLES)
     signature = str(metric.get_signature())
     said = json.loads(score.format(width=12, is_json=True, signature=signature))  # states no interval where every resample scores 0
