@@ -106,6 +106,45 @@ def evaluate(run: str, *, split: str = "test") -> Job:
 
 
 @SetParseFn(str)
+def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> Job:
+    """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
+
+    Args:
+        hypotheses: a text file with a sentence a line, a predictions.jsonl, or a pickle of another code base's results
+        references: the same of the references; not needed where the first file holds both
+        convention: raw, 13a, csl-daily, zh, lower or all
+    """
+
+    def work() -> None:
+        from flallm import metrics, results
+
+        names = list(metrics.CONVENTIONS) if convention == "all" else [convention]
+        said, meant, _ = results.pairs(Path(hypotheses), Path(references) if references else None)
+        scores = metrics.scores(said, meant, names)
+        print(json.dumps(scores if convention == "all" else scores[convention], indent=1))
+
+    return Job(work)
+
+
+@SetParseFn(str)
+def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
+    """Two evaluated runs side by side: scores with paired tests, what differs in their configs, the sentences that changed most.
+
+    Args:
+        run_a: the folder of a run
+        run_b: the folder of another, scored on the same references
+        split: train, dev or test
+    """
+
+    def work() -> None:
+        from flallm.compare import compare
+
+        print(compare(Path(run_a), Path(run_b), split))
+
+    return Job(work)
+
+
+@SetParseFn(str)
 def translate(run: str, *videos: str) -> Job:
     """Prints a sentence for each video file.
 
@@ -137,7 +176,7 @@ def _ranks():
         engine.leave()
 
 
-COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, translate)}
+COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, score, compare, translate)}
 
 
 def run(commands: dict[str, Callable], name: str) -> int:

@@ -76,7 +76,7 @@ def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
     scores: dict = {}
     if ranks.first:
         names = [config.convention, *(c for c in metrics.CONVENTIONS if c != config.convention)]
-        scores = {name: metrics.score(hypotheses, references, name) for name in names}
+        scores = metrics.scores(hypotheses, references, names)
         scores["swapped_bleu4"] = swapped_bleu4(predictions, config.convention)
         scores["bad_samples"] = len(bad)
         for folder, name, text in (

@@ -1,94 +1,117 @@
-"""BLEU, ROUGE-L, chrF and WER under named conventions, with signatures and bootstrap intervals.
+"""BLEU, ROUGE-L, chrF, TER and WER under named conventions, with signatures and bootstrap intervals.
 
-One output has many numbers, so a score is never given without its convention:
-- raw: the sign-language line's. Whitespace tokens, BLEU-n with n-grams up to n, no smoothing.
-- 13a: sacreBLEU's defaults, exponential smoothing.
-ROUGE-L is COCO's under both: the mean of per-sentence F with beta 1.2 over whitespace tokens.
+One output has many numbers, so a score is never given without its convention (`CONVENTIONS`). All are sacreBLEU metrics (`scorers.py` has those it
+lacks), so that the interval of every score is its bootstrap and every score can stand in its paired tests (`compare.py`). What is scored is raw text.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.base import Metric
+
+from flallm import UserError
+from flallm.scorers import WER, ChrF, RougeL, Ter
+
+RESAMPLES = 1000  # of the bootstrap; its seed is sacreBLEU's and stands in the signatures
+
+
+@dataclass(frozen=True)
+class Convention:
+    definition: str
+    used: str  # where
+    tokenize: str  # sacreBLEU's name of what BLEU counts as words …
+    smoothing: str
+    words: str = "none"  # … and of what ROUGE-L and WER count as words; none: what stands between spaces
+    lowercase: bool = False
+
 
 CONVENTIONS = {
-    "raw": {"tokenize": "none", "smooth_method": "none", "force": True},
-    "13a": {"tokenize": "13a", "smooth_method": "exp"},
+    "raw": Convention(
+        "words are what stands between spaces, BLEU-n has n-grams up to n, no smoothing",
+        "FLa-LLM and the papers it compares itself with, on PHOENIX14T and How2Sign",
+        "none",
+        "none",
+    ),
+    "13a": Convention("sacreBLEU's defaults: 13a tokens, exponential smoothing", "machine translation (WMT), YouTube-ASL", "13a", "exp"),
+    "csl-daily": Convention("every character is a word, spaces do not count, else as raw", "papers on CSL-Daily", "char", "none", words="char"),
+    "zh": Convention(
+        "sacreBLEU's zh tokens (every Chinese character and each run of other letters), exponential smoothing",
+        "machine translation into Chinese (WMT)",
+        "zh",
+        "exp",
+        words="zh",
+    ),
+    "lower": Convention("13a in lower case, hypotheses and references", "systems that write no capitals", "13a", "exp", lowercase=True),
 }
-RESAMPLES, SEED = 1000, 12345  # of the bootstrap, as in sacreBLEU
+
+
+def scores(hypotheses: Sequence[str], references: Sequence[str], conventions: Sequence[str] = tuple(CONVENTIONS)) -> dict[str, dict]:
+    """Every score under each convention: {"raw": {"bleu4": {"value", "ci95"}, …, "signature", "num_samples", "references_sha256"}, …}."""
+    assert len(hypotheses) == len(references) > 0
+    hypotheses, references = list(hypotheses), list(references)
+    measured: dict[tuple, tuple[dict, str]] = {}  # some conventions differ in BLEU only
+    found = {}
+    for convention in conventions:
+        parts, signatures = {}, {}
+        for name, (kind, arguments) in _kinds(convention).items():
+            key = (kind, *arguments.items())
+            if key not in measured:
+                measured[key] = _measure(kind(**arguments), hypotheses, references)
+            parts[name], signatures[name] = measured[key]
+        signatures = {"bleu": signatures["bleu4"]} | {name: s for name, s in signatures.items() if not name.startswith("bleu")}
+        found[convention] = parts | {
+            "signature": signatures,
+            "num_samples": len(references),
+            "references_sha256": hashlib.sha256("\n".join(references).encode(errors="surrogatepass")).hexdigest(),
+        }
+    return found
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> dict:
-    """Every score under one convention: {"bleu4": {"value", "ci95"}, …, "signature", "num_samples", "references_sha256"}."""
-    assert len(hypotheses) == len(references)
-    hypotheses, references = list(hypotheses), list(references)
-    scores = {}
-    for n in (1, 2, 3, 4):
-        metric = BLEU(max_ngram_order=n, **CONVENTIONS[convention])
-        scores[f"bleu{n}"] = _with_interval(metric, hypotheses, references)
-    scores["rouge_l"] = _mean_with_interval(100 * np.array([rouge_l(h, r) for h, r in zip(hypotheses, references)]))
-    chrf = CHRF()
-    scores["chrf"] = _with_interval(chrf, hypotheses, references)
-    scores["wer"] = _wer(hypotheses, references)
-    return scores | {
-        "signature": {"bleu": str(metric.get_signature()), "chrf": str(chrf.get_signature()), "rouge_l": "coco|beta:1.2|tok:none|mean"},
-        "num_samples": len(references),
-        "references_sha256": hashlib.sha256("\n".join(references).encode()).hexdigest(),
-    }
+    """Every score under one convention."""
+    return scores(hypotheses, references, [convention])[convention]
 
 
 def bleu4(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> float:
     """BLEU-4 alone, without an interval."""
-    return BLEU(**CONVENTIONS[convention]).corpus_score(list(hypotheses), [list(references)]).score
+    return metric(convention, "bleu4").corpus_score(list(hypotheses), [list(references)]).score
 
 
-def _with_interval(metric, hypotheses: list[str], references: list[str]) -> dict:
-    """A sacreBLEU score with the percentiles of its bootstrap (Koehn 2004), from the sentences' own statistics."""
-    statistics = np.array(metric._extract_corpus_statistics(hypotheses, [references]))
-    resampled = [metric._compute_score_from_stats(s.tolist()).score for s in statistics[_resampled(len(statistics))].sum(1)]
-    return _scored(metric.corpus_score(hypotheses, [references]).score, resampled)
+def metric(convention: str, name: str) -> Metric:
+    """One score of a convention as a sacreBLEU metric."""
+    kind, arguments = _kinds(convention)[name]
+    return kind(**arguments)
 
 
-def _scored(value: float, resampled) -> dict:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"value": float(value), "ci95": [min(float(low), float(value)), max(float(high), float(value))]}
+def _kinds(convention: str) -> dict[str, tuple[type[Metric], dict]]:
+    """A convention's scores: {name: (class, its arguments)}."""
+    if convention not in CONVENTIONS:
+        raise UserError(f"there is no convention {convention!r}, but {', '.join(CONVENTIONS)}")
+    c = CONVENTIONS[convention]
+    # force: no warning that a text looks tokenized, as sign language corpora do
+    bleu = {"tokenize": c.tokenize, "smooth_method": c.smoothing, "lowercase": c.lowercase, "force": True}
+    words = {"tokenize": c.words, "lowercase": c.lowercase}
+    chinese = c.words != "none"
+    return {f"bleu{n}": (BLEU, bleu | {"max_ngram_order": n}) for n in (1, 2, 3, 4)} | {
+        "rouge_l": (RougeL, words | {"beta": 1.2}),
+        "rouge_l_slrt": (RougeL, words | {"beta": None}),
+        "chrf": (ChrF, {"lowercase": c.lowercase}),
+        "ter": (Ter, {"normalized": chinese, "asian_support": chinese}),
+        "wer": (WER, words),
+    }
 
 
-def _resampled(count: int) -> np.ndarray:
-    return np.random.default_rng(SEED).integers(0, count, (RESAMPLES, count))
-
-
-def _mean_with_interval(values: np.ndarray) -> dict:
-    return _scored(values.mean(), values[_resampled(len(values))].mean(1))
-
-
-def _wer(hypotheses: list[str], references: list[str]) -> dict:
-    from torchaudio.functional import edit_distance
-
-    errors = np.array([edit_distance(h.split(), r.split()) for h, r in zip(hypotheses, references)])
-    words = np.array([len(r.split()) for r in references])
-    picks = _resampled(len(words))
-    rates = 100 * errors[picks].sum(1) / np.maximum(1, words[picks].sum(1))
-    return _scored(100 * errors.sum() / max(1, words.sum()), rates)
-
-
-def rouge_l(hypothesis: str, reference: str, beta: float = 1.2) -> float:
-    """F-measure of the longest common subsequence of whitespace tokens (Lin 2004; beta of the COCO caption evaluation)."""
-    h, r = hypothesis.split(), reference.split()
-    common = _longest_common_subsequence(h, r)
-    if not common:
-        return 0.0
-    precision, recall = common / len(h), common / len(r)
-    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
-
-
-def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b):
-            diagonal, row[j + 1] = row[j + 1], diagonal + 1 if x == y else max(row[j + 1], row[j])
-    return row[-1]
+def _measure(metric: Metric, hypotheses: list[str], references: list[str]) -> tuple[dict, str]:
+    """({"value", "ci95"}, signature). The interval is the one sacreBLEU prints: the resamples' mean ± half the span of their middle 95 %; where that
+    span is lopsided it is widened to the value and cut at the ends of the scale. Takes up to 72 KB of memory a sentence (chrF: 18 counts x 1000)."""
+    score = metric.corpus_score(hypotheses, [references], n_bootstrap=RESAMPLES)
+    signature = str(metric.get_signature())
+    said = json.loads(score.format(width=12, is_json=True, signature=signature))  # states no interval where every resample scores 0
+    mean, half = said.get("confidence_mean", 0.0), said.get("confidence_var", 0.0)
+    top = float("inf") if isinstance(metric, WER | Ter) else 100.0
+    return {"value": float(score.score), "ci95": [min(score.score, max(0.0, mean - half)), max(score.score, min(top, mean + half))]}, signature

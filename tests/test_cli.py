@@ -27,6 +27,8 @@ def test_names_and_options_are_frozen():
         "stage2": ["recipe", "stage1", "run_dir", "overrides"],
         "joint": ["recipe", "run_dir", "overrides"],
         "evaluate": ["run", "split"],
+        "score": ["hypotheses", "references", "convention"],
+        "compare": ["run_a", "run_b", "split"],
         "translate": ["run", "videos"],
     }
     assert options(make_shards.COMMANDS) == {
@@ -51,6 +53,9 @@ def test_names_and_options_are_frozen():
         (["stage1", "demo", "stray"], "stray"),
         (["stage2", "demo"], "stage1"),
         (["evaluate", "."], "is no run folder"),
+        (["score", "bad.yaml"], "bad.yaml holds no references"),
+        (["score", "bad.yaml", "bad.yaml", "--convention=14a"], "no convention '14a', but raw, 13a"),
+        (["compare", ".", "."], "has no config.yaml"),
         (["translate", ".", "none.mp4"], "none.mp4 does not exist"),
         (["nosuch"], "nosuch"),
         (["stage1", "demo", "--data.shards=none"], "make them with tools/make_shards.py"),
