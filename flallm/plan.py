@@ -19,7 +19,7 @@ from flallm import UserError
 # What a character of text costs the language model, in frames through the encoder: ResNet18 at 224 pixels takes 3.6 GFLOP
 # a frame, three times that when it trains; Light-T's decoder 0.08 GFLOP a token of 4 characters, mBART-large's 1.2.
 TEXT_COST = {"stage1": 0.002, "stage2": 0.07, "joint": 0.03}
-TOLERANCE = 0.018  # by how much a rank's work may be over the mean before clips are exchanged
+TOLERANCE = 0.0195  # by how much a rank's work may be over the mean before clips are exchanged
 ISLAND = 128  # ranks that exchange clips among each other; a rank works out what its island gets and no more
 
 

@@ -111,8 +111,7 @@ def _join(out: Path, shards: list[tuple[Path, list[Clip]]], dataset: dict) -> di
     for split, parts in columns.items():
         index = {name: np.concatenate([rows[name] for rows in parts]) for name in COLUMNS}
         index["shard"] = np.repeat(np.arange(len(parts), dtype=np.int32), [len(rows["frames"]) for rows in parts])
-        save_file(index, out / f".{split}.index.part")
-        os.rename(out / f".{split}.index.part", out / f"{split}.index.safetensors")
+        _save(index, out / f"{split}.index.safetensors")
         sizes = [path.stat().st_size for path, members in shards if members[0].split == split]
         dataset["splits"][split] = {"clips": len(index["frames"]), "frames": int(index["frames"].sum()), "shard_bytes": sizes}
     dataset["rows_sha256"] = kept.hexdigest()
@@ -146,7 +145,14 @@ def _write_shard(path: Path, clips: list[Clip], encoded: Iterator[tuple[bytes, d
         places = [(member.offset_data, member.size) for member in tar]  # the JSON's, then the video's, of each sample
     values = [(0, *places[2 * i + 1], *places[2 * i], *meta) for i, meta in enumerate(metas)]
     rows = {name: np.array([v[c] for v in values], dtype) for c, (name, dtype) in enumerate(COLUMNS.items())}
-    save_file(rows, path.with_suffix(".rows"), {"left_out": json.dumps(left_out), "kept_sha256": kept.hexdigest()})
+    _save(rows, path.with_suffix(".rows"), {"left_out": json.dumps(left_out), "kept_sha256": kept.hexdigest()})
+    part.rename(path)
+
+
+def _save(columns: dict[str, np.ndarray], path: Path, notes: dict[str, str] | None = None) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(columns, part, notes)
+    part.chmod(0o644)  # safetensors writes for the owner alone
     part.rename(path)
 
 

@@ -1,0 +1,285 @@
+"""What the data plane costs, as ratios measured in one run: one JSON object a line, {"figure", "value", "unit", "detail"}.
+
+python tools/bench_data.py            all figures; or name some parts: balance, ten_million, speed, growth, sources
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image
+
+from flallm import video
+from flallm.config import Data
+from flallm.corpora import Clip, synthetic
+from flallm.encode import Options
+from flallm.loader import Batch, Clips, batches
+from flallm.plan import TEXT_COST, Plan, training_groups
+from flallm.shards import COLUMNS, Shards, _save, make_shards
+
+# Percentiles of PHOENIX14T's train lengths in frames (paper.md, "Data sets"), the ends from the texts there.
+PERCENTILES, FRAMES = (0, 5, 25, 50, 75, 95, 99, 100), (16, 43, 83, 112, 144, 208, 259, 475)
+HEIGHT, WIDTH = 260, 210  # PHOENIX14T's frames
+CLIPS, ROUNDS = 96, 3
+
+
+def say(figure: str, value: float, unit: str, detail: str) -> None:
+    print(json.dumps({"figure": figure, "value": round(float(value), 4), "unit": unit, "detail": detail}), flush=True)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A clip cut to PHOENIX14T's shape."""
+
+    media: synthetic.Performance
+    source: str = "bench"
+
+    def frames(self):
+        fps, frames = self.media.frames()
+        side = (HEIGHT - WIDTH) // 2
+        return fps, (av.VideoFrame.from_ndarray(np.ascontiguousarray(f.to_ndarray(format="rgb24")[:, side : side + WIDTH]), "rgb24") for f in frames)
+
+
+class Words:
+    """Stands where a tokenizer does: this is about video."""
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+
+class Corpus:
+    """Clips of the embedded corpus at PHOENIX14T's frame size, as shards and as the tree of PNGs that the field reads."""
+
+    def __init__(self, folder: Path):
+        clips = [Clip(c.key, c.split, c.text, Narrow(c.media)) for c in synthetic.clips(train=CLIPS, dev=0, test=0, size=HEIGHT)]
+        make_shards(clips, folder / "shards", Options(), {"name": "bench"})
+        self.data = Data(shards=str(folder / "shards"))
+        self.clips, self.png_bytes, self.squared_error, self.pngs = Clips("train", self.data, Words(), 0), 0, [], []
+        for n, clip in enumerate(clips):
+            decoded = av.open(io.BytesIO(self.clips.shards.read(n)[0])).decode(video=0)
+            kept = []
+            for i, (frame, again) in enumerate(zip(clip.media.frames()[1], decoded)):
+                path, image = folder / f"{n:04d}-{i:04d}.png", frame.to_ndarray()
+                cv2.imwrite(str(path), image[..., ::-1])
+                self.png_bytes += path.stat().st_size
+                if i % 4 == 0:
+                    kept.append(path)
+                    self.squared_error.append(np.mean((image.astype(float) - again.to_ndarray(format="rgb24")) ** 2))
+            self.pngs.append(kept)
+
+    def groups(self, rounds: int, epoch: int | None = 0) -> list:
+        return [[(epoch, n % CLIPS) for n in range(i, i + 8)] for i in range(0, rounds * CLIPS, 8)]
+
+    def loader(self, workers: int, rounds: int = 2, epoch: int | None = 0) -> float:
+        """Clips a second once the workers have started."""
+        stream = batches(self.clips, self.groups(rounds + 1, epoch), workers)
+        seen, began = 0, 0.0
+        for i, batch in enumerate(stream):
+            if i == CLIPS // 8 - 1:
+                began = time.perf_counter()
+            elif i >= CLIPS // 8:
+                seen += len(batch.keys)
+        return seen / (time.perf_counter() - began)
+
+    def raw(self) -> float:
+        """Bare PyAV in a loop on one core: the used frames to 224 x 224, the others passed over."""
+        sources = [self.clips.shards.read(n)[0] for n in range(CLIPS)]
+        began = time.perf_counter()
+        for source in sources:
+            with av.open(io.BytesIO(source)) as container:
+                stream, scaler = container.streams.video[0], VideoReformatter()
+                stream.thread_count, stream.codec_context.skip_frame = 1, "NONREF"
+                for frame in container.decode(stream):
+                    if round(frame.pts * frame.time_base * stream.average_rate) % 4 == 0:
+                        scaler.reformat(frame, 224, 224, "rgb24", interpolation=Interpolation.BILINEAR).to_ndarray()
+        return CLIPS / (time.perf_counter() - began)
+
+    def png(self) -> float:
+        """The field's way: PIL opens every kept PNG, resizes it to 256 and crops 224."""
+        began = time.perf_counter()
+        for paths in self.pngs:
+            np.stack([np.asarray(Image.open(p).convert("RGB").resize((256, 256)).crop((16, 16, 240, 240))) for p in paths])
+        return CLIPS / (time.perf_counter() - began)
+
+
+def median(pairs: list[tuple[float, float]]) -> float:
+    return float(np.median([a / b for a, b in pairs]))
+
+
+def speed(corpus: Corpus) -> None:
+    runs = [(corpus.loader(1), corpus.loader(1, epoch=None), corpus.loader(2), corpus.raw(), corpus.png()) for _ in range(ROUNDS)]
+    one, plain, two, raw, png = (np.median([r[i] for r in runs]) for i in range(5))
+    used = corpus.clips.used.mean()
+    say(
+        "loader_vs_raw",
+        median([(r[0], r[3]) for r in runs]),
+        "ratio",
+        f"{one:.1f} clips/s with augmentation, {plain:.1f} without, bare PyAV {raw:.1f}; {used:.1f} used frames a clip",
+    )
+    say("shards_vs_png_path", median([(r[0], r[4]) for r in runs]), "ratio", f"{one:.1f} clips/s from shards, {png:.1f} from PNGs of {WIDTH}x{HEIGHT}")
+    say(
+        "two_workers",
+        median([(r[2], r[0]) for r in runs]),
+        "ratio",
+        f"{two:.1f} clips/s with 2 workers, {one:.1f} with 1, on {os.cpu_count()} cores that the trainer's process shares",
+    )
+    psnr = 10 * np.log10(255**2 / np.mean(corpus.squared_error))
+    size = sum(corpus.clips.shards.shard_bytes)
+    say(
+        "bytes_vs_png",
+        size / corpus.png_bytes,
+        "ratio",
+        f"{size / 1e6:.2f} MB of shards, {corpus.png_bytes / 1e6:.1f} MB of PNGs, PSNR of the used frames {psnr:.1f} dB in RGB",
+    )
+
+
+def lengths(clips: int) -> tuple[np.ndarray, np.ndarray]:
+    """(used frames, characters of text) of clips with PHOENIX14T's lengths; a text has about 0.65 characters a frame, with scatter."""
+    rng = np.random.default_rng(0)
+    frames = np.interp(rng.random(clips) * 100, PERCENTILES, FRAMES).round().astype(np.int32)
+    texts = np.maximum(5, frames * 0.65 * rng.lognormal(0, 0.25, clips)).astype(np.int32)
+    return video.used_frames(frames, 4, 300), texts
+
+
+def balance() -> None:
+    frames, texts = lengths(7096)
+    padding = {}
+    for ranks in (8, 64, 256):
+        plan = Plan(frames, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"])
+        shares, padded, tokens, means = [], 0, 0, []
+        for epoch in range(1 if ranks < 64 else 4):
+            for step in range(plan.steps(epoch)):
+                (parts,) = plan.step(epoch, step)
+                work = np.array([frames[ids].sum() for ids in parts])
+                shares.append(work.mean() / work.max())
+                padded += sum(int(texts[ids].max()) * len(ids) for ids in parts)
+                tokens += sum(int(texts[ids].sum()) for ids in parts)
+                means.append(frames[np.concatenate(parts)].mean())
+        padding[ranks] = 1 - tokens / padded
+        strays = np.std(means) / (frames.std() / np.sqrt(8 * ranks))
+        say(
+            f"balance_{ranks}",
+            np.mean(shares),
+            "share",
+            f"worst step {np.min(shares):.3f}; the mean length of a step strays {strays:.2f} times as much as that of random clips",
+        )
+    detail = ", ".join(f"{ranks} ranks {share:.3f}" for ranks, share in padding.items())
+    say("text_padding", padding[64], "share", f"8 clips a rank: {detail}; clips dealt out at random have about 0.46")
+
+
+def ten_million(folder: Path) -> None:
+    clips, ranks = 10**7, 1024
+    frames, texts = lengths(clips)
+    began = time.perf_counter()
+    plan = Plan(frames, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"])
+    mine = sum(len(plan.rank_step(0, step, 5)[0]) for step in range(plan.steps(0)))
+    say("plan_10m_seconds", time.perf_counter() - began, "s", f"{plan.steps(0)} steps of {ranks} ranks, {mine} clips of rank 5")
+    say("plan_10m_gib", peak_bytes() / 2**30, "GiB", "peak of the whole process, this corpus' arrays included")
+    del plan
+
+    # An index of ten million rows over one real shard.
+    make_shards(synthetic.clips(train=64, dev=0, test=0), folder / "big", Options(short_side=72), {"name": "bench"})
+    small, pick = Shards(folder / "big", "train").index, np.arange(clips) % 64
+    _save({name: small[name][pick] for name in COLUMNS}, folder / "big/train.index.safetensors")
+    dataset = json.loads((folder / "big/dataset.json").read_text())
+    dataset["splits"]["train"]["clips"] = clips
+    (folder / "big/dataset.json").write_text(json.dumps(dataset))
+    began = time.perf_counter()
+    data = Data(shards=str(folder / "big"), resize=72, crop=64)
+    opened = Clips("train", data, Words(), 0)
+    plan = Plan(opened.used, opened.shards.index["text_length"], 8 * ranks, 1, ranks, 0)
+    group = next(training_groups(plan, 5, 3 * plan.steps(0) + 700, 10**6))
+    opened.shards.read(group[0][1])
+    say("resume_10m_seconds", time.perf_counter() - began, "s", "index opened, epoch 3 planned, step 700, the first clip's bytes read")
+
+
+def peak_bytes() -> int:
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def all_bytes() -> int:
+    """Memory of this process and all below it, shared pages counted once."""
+    parents, sizes = {}, {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(") ", 1)[1].split()[1])
+            sizes[int(entry.name)] = int(next(x for x in (entry / "smaps_rollup").read_text().splitlines() if x.startswith("Pss:")).split()[1]) * 1024
+
+    def below(pid: int) -> int:
+        return sizes.get(pid, 0) + sum(below(child) for child, parent in parents.items() if parent == pid)
+
+    return below(os.getpid())
+
+
+def growth(folder: Path) -> None:
+    make_shards(synthetic.clips(train=200, dev=0, test=0), folder / "demo", Options(short_side=72), {"name": "bench"})
+    clips = Clips("train", Data(shards=str(folder / "demo"), resize=72, crop=64, prefetch_mib=64), Words(), 0)
+    groups = ([(0, (4 * i + k) % 200) for k in range(4)] for i in range(2100))
+    sizes: dict[int, int] = {}
+    batch: Batch
+    for i, batch in enumerate(batches(clips, groups, 2), 1):
+        if i in (200, 2000):
+            sizes[i] = all_bytes()
+    say(
+        "loader_rss_growth",
+        sizes[2000] / sizes[200],
+        "ratio",
+        f"{sizes[200] / 2**20:.0f} MiB after 200 batches of 4, {sizes[2000] / 2**20:.0f} MiB after 2000, 2 workers; last {len(batch.keys)}",
+    )
+
+
+def sources() -> None:
+    """Frames a second on one core from 720p, and from shards, all frames and every 4th."""
+    from flallm.encode import encode
+
+    def rate(data: bytes, decode: Callable[[bytes], object], frames: int) -> float:
+        best = 0.0
+        for _ in range(3):
+            began = time.perf_counter()
+            decode(data)
+            best = max(best, frames / (time.perf_counter() - began))
+        return best
+
+    clip = max(synthetic.clips(train=40, dev=0, test=0, size=720), key=lambda c: len(c.gloss or ""))
+    large, meta = encode(clip, Options(short_side=720))
+    small, _ = encode(clip, Options())
+    n = meta["num_frames"]
+
+    def everything(data: bytes):
+        return sum(1 for _ in av.open(io.BytesIO(data)).decode(video=0))
+
+    for name, data in (("720x720", large), ("256x256", small)):
+        detail = f"source frames a second, one thread; decoding alone without any scaling: {rate(data, everything, n):.0f}"
+        say(f"frames_per_s_{name}", rate(data, lambda d: video.decode(d, 256, 4, 10**6, n), n), "frames/s", detail)
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts = {
+            "balance": balance,
+            "ten_million": lambda: ten_million(folder),
+            "speed": lambda: speed(Corpus(folder)),
+            "growth": lambda: growth(folder),
+            "sources": sources,
+        }
+        for part in wanted or parts:
+            parts[part]()
+
+
+if __name__ == "__main__":
+    main()
