@@ -143,6 +143,8 @@ def _write(part: Path, contents: dict[str, dict[str, torch.Tensor]]) -> dict:
             files[name] = {"bytes": (part / name).stat().st_size, "sha256": _sha256(part / name)}
         _sync(part)
     except (OSError, SafetensorError) as error:
+        for name in contents:  # room for the log to say so
+            (part / name).unlink(missing_ok=True)
         return {"error": str(error)}
     return files
 

@@ -132,7 +132,9 @@ def _ranks(timeout: float = 600):
     from flallm import engine
 
     try:
-        yield engine.join(timeout)
+        ranks = engine.join(timeout)
+        with engine.last_words(ranks):
+            yield ranks
     finally:
         engine.leave()
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -89,6 +90,36 @@ def leave() -> None:
     """Ranks that end without this die with SIGABRT under gloo, after correct work."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def last_words(ranks: Ranks) -> Iterator[None]:
+    """Ranks tell each other why they end, so that each can name the one that ended first: the others only see a connection break
+    or run into the time-out. A rank with nothing to say was killed or hangs."""
+    try:
+        yield
+    except Exception as error:
+        lost = "gloo" in str(error) or isinstance(error, dist.DistError) or "Connection" in type(error).__name__
+        words = _exchange_last_words(ranks, "" if lost else f"{type(error).__name__}: {error}")
+        if not lost:
+            raise
+        causes = [f"rank {rank}: {said}" for rank, said in words.items() if said] or [
+            f"no word from rank {rank}: it was killed or hangs" for rank in range(ranks.world_size) if rank not in words
+        ]
+        print(f"rank {ranks.rank} ends because another did: {'; '.join(causes) or error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _exchange_last_words(ranks: Ranks, said: str) -> dict[int, str]:
+    """{rank: what it said} of those that say something within some seconds."""
+    words = {ranks.rank: said}
+    with contextlib.suppress(RuntimeError):  # rank 0 keeps them; without it there are none
+        store = dist.PrefixStore("last words", dist.distributed_c10d._get_default_store())
+        store.set(str(ranks.rank), said)
+        for _ in range(25):  # even one who has all waits: the others may not have read yet
+            time.sleep(0.2)
+            words |= {r: store.get(str(r)).decode() for r in range(ranks.world_size) if r not in words and store.check([str(r)])}
+    return words
 
 
 def rendezvous() -> dict[str, str]:
@@ -277,6 +308,8 @@ class Asked:
     def _hear(self, *_) -> None:
         self.stop = True
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error, __) -> None:
+        # A launcher ends all ranks once the first has left with a code other than 0; those a moment behind are to leave with theirs.
+        again = isinstance(error, SystemExit) and error.code == AGAIN
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if again else handler)

@@ -1,11 +1,12 @@
-"""A run that is stopped goes on as if it had not been. One process group of two plays many scenarios; processes are killed in others."""
+"""A run that is stopped goes on as if it had not been. One process group of two plays many scenarios; in others, from `make faults`, processes die."""
 
-import json
 import shutil
 from pathlib import Path
 
+import faults
 import pytest
 import torch
+from faults import DAMAGE, SHORT, Lab, Skip, damage, rows, same
 from safetensors.torch import load_file
 
 from flallm import UserError, checkpoint, engine
@@ -13,30 +14,6 @@ from flallm import config as cfg
 from flallm.model.translator import Translator
 from flallm.text import Text
 from flallm.train import train
-
-EVERY_STEP = {"train.log_every": 1, "train.dev_every": 3, "checkpoint.every": 2, "checkpoint.last": 20}
-DAMAGE = {"truncated": "rank-1.safetensors", "removed": "model.safetensors", "flipped": "model.safetensors", "manifest": "manifest.json"}
-SHORT = {"train.steps": 6, "train.batch": 12, **EVERY_STEP}
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    return [(x["step"], x["loss"]) for x in lines(run / "metrics.jsonl") if "loss" in x]
-
-
-def same(one: Path, other: Path) -> bool:
-    """Losses, dev scores, and every tensor of the last checkpoint, optimiser and generators too."""
-    wanted = [{k: v for k, v in x.items() if k in ("step", "loss", "dev_bleu4")} for x in lines(one / "metrics.jsonl")]
-    assert wanted == [{k: v for k, v in x.items() if k in ("step", "loss", "dev_bleu4")} for x in lines(other / "metrics.jsonl")]
-    last = max((one / "checkpoints").iterdir(), key=lambda p: int(p.name[5:])).name
-    for file in sorted(p.name for p in (one / "checkpoints" / last).glob("*.safetensors")):
-        a, b = (load_file(run / "checkpoints" / last / file) for run in (one, other))
-        assert a.keys() == b.keys() and len(a) > 1
-        assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
-    return True
 
 
 def stop_at(step: int):
@@ -66,19 +43,6 @@ def run_until(step: int, *arguments) -> None:
     finally:
         engine.Asked = before
     assert left.value.code == engine.AGAIN
-
-
-def damage(how: str, folder: Path) -> None:
-    path = folder / DAMAGE[how]
-    if how == "truncated":
-        with open(path, "r+b") as file:
-            file.truncate(1000)
-    elif how == "removed":
-        path.unlink()
-    else:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
 
 
 def two_ranks(configs: dict, out: Path) -> None:
@@ -135,7 +99,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_serves(runs, how)
 
 def test_the_last_the_best_and_every_nth_checkpoint_are_kept(runs):
     _, out = runs
-    scores = {x["dev_bleu4"]: x["step"] for x in lines(out / "few/metrics.jsonl") if "dev_bleu4" in x}
+    scores = {x["dev_bleu4"]: x["step"] for x in rows(out / "few/metrics.jsonl") if "dev_bleu4" in x}
     assert {p.name for p in (out / "few/checkpoints").iterdir()} == {"step-4", "step-6", f"step-{scores[max(scores)]}"}
 
 
@@ -155,3 +119,30 @@ def test_the_best_weights_come_back_and_altered_ones_are_refused(runs, tmp_path)
     damage("flipped", checkpoint.best(run))
     with pytest.raises(UserError, match="altered"):
         checkpoint.load(run, model)
+
+
+@pytest.fixture(scope="module")
+def lab(shards, llm, tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("lab"), shards, llm)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        lambda lab: faults.all_ranks_killed(lab, times=2),
+        faults.one_rank_killed,
+        faults.one_rank_throws,
+        lambda lab: faults.killed_while_saving(lab, ("before the manifest",)),
+        faults.disk_full,
+        faults.not_finite,
+        faults.one_rank_signalled,
+        faults.other_world_sizes,
+        faults.two_runs_in_one_folder,
+    ],
+    ids=["all killed", "one killed", "one throws", "killed while saving", "disk full", "not finite", "SIGTERM to one", "other world sizes", "two runs"],
+)
+def test_faults(lab, scenario):
+    try:
+        scenario(lab)
+    except Skip as reason:
+        pytest.skip(str(reason))
