@@ -79,7 +79,7 @@ def _training(stage: str, recipe: str, run_dir: str | None, overrides: dict[str,
     def work() -> None:
         from flallm.train import train
 
-        with _ranks() as ranks:
+        with _ranks(resolved.train.timeout) as ranks:
             train(resolved, run, ranks, stage1)
 
     return Job(work)
@@ -166,12 +166,14 @@ def translate(run: str, *videos: str) -> Job:
 
 
 @contextlib.contextmanager
-def _ranks():
+def _ranks(timeout: float = 600):
     """The ranks for the work of one command."""
     from flallm import engine
 
     try:
-        yield engine.join()
+        ranks = engine.join(timeout)
+        with engine.last_words(ranks):
+            yield ranks
     finally:
         engine.leave()
 

@@ -86,6 +86,19 @@ class Train:
     log_every: int = 50  # steps
     dev_every: int = 0  # steps between looks at the dev split; 0: once an epoch
     dev_clips: int = 0  # how many clips of it; 0: all
+    max_skipped: int = 10  # steps in a row without a finite gradient that end a run
+    timeout: float = 600  # seconds without an answer from the other ranks that end a run
+
+
+@dataclass
+class Checkpoint:
+    """When one is written besides those at looks at the dev split and at the end, and which are kept."""
+
+    every: int = 0  # steps; 0: by the clock alone
+    minutes: float = 15  # since the one before; 0: by steps alone
+    last: int = 2  # the newest ones; of two, one is left should the other be damaged
+    best: int = 1  # by dev BLEU-4
+    every_nth: int = 0  # those of steps divisible by this, for good; 0: none
 
 
 @dataclass
@@ -107,6 +120,7 @@ class Config:
     light_t: LightT = field(default_factory=LightT)
     llm: LLM = field(default_factory=LLM)
     train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     decode: Decode = field(default_factory=Decode)
 
 
@@ -178,6 +192,9 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         "train.batch",
         "train.micro_batches",
         "train.log_every",
+        "train.max_skipped",
+        "checkpoint.last",
+        "checkpoint.best",
         "decode.beam",
         "decode.batch",
     ):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import signal
 import socket
+import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
 from flallm import UserError
 from flallm.config import Train
 from flallm.loader import Batch
 from flallm.model.translator import Translator
+
+AGAIN = 75  # exit code of a run that was asked to stop and has saved all: start it again (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,11 @@ class Ranks:
         return total.tolist()
 
 
-def join() -> Ranks:
-    """Joins the process group that torchrun, deepspeed or srun describes in the environment; alone: a group of one."""
+def join(timeout: float = 600) -> Ranks:
+    """Joins the process group that torchrun, deepspeed or srun describes in the environment; alone: a group of one.
+
+    timeout: seconds without an answer from the others after which a rank gives up.
+    """
     env = os.environ
     if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
@@ -70,7 +82,7 @@ def join() -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), device)
 
 
@@ -78,6 +90,36 @@ def leave() -> None:
     """Ranks that end without this die with SIGABRT under gloo, after correct work."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def last_words(ranks: Ranks) -> Iterator[None]:
+    """Ranks tell each other why they end, so that each can name the one that ended first: the others only see a connection break
+    or run into the time-out. A rank with nothing to say was killed or hangs."""
+    try:
+        yield
+    except Exception as error:
+        lost = "gloo" in str(error) or isinstance(error, dist.DistError) or "Connection" in type(error).__name__
+        words = _exchange_last_words(ranks, "" if lost else f"{type(error).__name__}: {error}")
+        if not lost:
+            raise
+        causes = [f"rank {rank}: {said}" for rank, said in words.items() if said] or [
+            f"no word from rank {rank}: it was killed or hangs" for rank in range(ranks.world_size) if rank not in words
+        ]
+        print(f"rank {ranks.rank} ends because another did: {'; '.join(causes) or error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _exchange_last_words(ranks: Ranks, said: str) -> dict[int, str]:
+    """{rank: what it said} of those that say something within some seconds."""
+    words = {ranks.rank: said}
+    with contextlib.suppress(RuntimeError):  # rank 0 keeps them; without it there are none
+        store = dist.PrefixStore("last words", dist.distributed_c10d._get_default_store())
+        store.set(str(ranks.rank), said)
+        for _ in range(25):  # even one who has all waits: the others may not have read yet
+            time.sleep(0.2)
+            words |= {r: store.get(str(r)).decode() for r in range(ranks.world_size) if r not in words and store.check([str(r)])}
+    return words
 
 
 def rendezvous() -> dict[str, str]:
@@ -135,7 +177,63 @@ def start_engine(model: Translator, config: Train, ranks: Ranks):
     if config.precision == "bf16":  # fp32 parameters; bf16 ones would cast them but not BatchNorm's buffers
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise UserError("train.deepspeed: parameters stay fp32 here, and train.precision=bf16 computes with autocast: leave bf16 and fp16 out of the file")
     return engine
+
+
+def optimizer_pieces(engine) -> dict[str, torch.Tensor]:
+    """This rank's share of the optimiser's state, in a form that does not depend on the number of ranks: "exp_avg|<parameter>|<offset>"
+    is a stretch of that parameter's values, laid out flat, and "step|<group>" a number that a group has once."""
+    pieces = {}
+    for group, flat, parameters in _partitions(engine):
+        for key, value in engine.optimizer.state[flat].items():
+            if value.shape == flat.shape:
+                pieces |= {f"{key}|{name}|{at.start}": value[here.start : here.start + at.numel] for name, at, here in parameters}
+            else:
+                pieces[f"{key}|{group}"] = value
+    return pieces
+
+
+def load_optimizer_pieces(engine, files: list[Path]) -> None:
+    """Puts this rank's share together from the files of any number of ranks, whose tensors are called "optimizer|<piece>"."""
+    with contextlib.ExitStack() as stack:
+        pieces = defaultdict(list)  # (key, parameter or group) -> (offset, where it lies)
+        for file in [stack.enter_context(safe_open(path, "pt")) for path in files]:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                kind, _, piece = name.partition("|")
+                if kind == "optimizer":
+                    key, owner, *offset = piece.split("|")
+                    pieces[key, owner].append((int(offset[0]) if offset else None, file, name))
+        keys = {key for key, _ in pieces}
+        for group, flat, parameters in _partitions(engine):
+            state = engine.optimizer.state[flat]
+            for key in keys:
+                if (key, group) in pieces:
+                    _, file, name = pieces[key, group][0]
+                    state[key] = file.get_tensor(name)
+                    continue
+                state[key] = torch.zeros_like(flat, requires_grad=False)
+                for parameter, at, here in parameters:
+                    missing = at.numel
+                    for offset, file, name in pieces[key, parameter]:
+                        stretch = file.get_slice(name)
+                        first, last = max(at.start, offset), min(at.start + at.numel, offset + stretch.get_shape()[0])
+                        if first < last:
+                            values = stretch[first - offset : last - offset]
+                            state[key][here.start + first - at.start : here.start + last - at.start] = values.to(flat.device)
+                            missing -= last - first
+                    if missing:
+                        raise UserError(f"{files[0].parent} does not fit the recipe: it lacks {key} of {parameter}")
+
+
+def _partitions(engine) -> Iterator[tuple[str, torch.Tensor, list[tuple]]]:
+    """(name, this rank's flat share, [(parameter, where in the parameter, where in the share)]) of each group under ZeRO-1 and 2."""
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    zero = engine.optimizer
+    for group, flat, parameters in zip(zero.param_groups, zero.single_partition_of_fp32_groups, zero.bit16_groups):
+        mapped = [(names[id(p)], p._hp_mapping) for p in parameters if p._hp_mapping is not None]
+        yield group["name"], flat, [(name, m.lp_fragment_address, m.hp_fragment_address) for name, m in mapped]
 
 
 def _deepspeed_config(config: Train, ranks: Ranks) -> dict:
@@ -153,18 +251,65 @@ def set_learning_rates(engine, config: Train, factor: float) -> None:
         group["lr"] = factor * getattr(config, f"lr_{group['name']}")
 
 
-def train_step(engine, batches: list[Batch], ranks: Ranks) -> tuple[float, float]:
-    """One optimiser step on this rank's micro-batches; returns this rank's (sum of token losses, number of target tokens).
+@dataclass(frozen=True)
+class Step:
+    """What an optimiser step gave. loss, tokens: this rank's sum over its target tokens, and their number; applied: whether the
+    weights were changed, on every rank the same; flags: those given to `train_step`, summed over ranks."""
+
+    loss: float
+    tokens: float
+    applied: bool
+    flags: list[float]
+    seconds: float  # that this rank computed without waiting for others, as far as can be told: the forward passes
+
+
+def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float) -> Step:
+    """One optimiser step on this rank's micro-batches.
 
     The gradient is that of the mean over all target tokens of the step, wherever they are: DeepSpeed averages over
-    ranks and micro-batches, so every sum of losses is multiplied by their number and divided by all tokens.
+    ranks and micro-batches, so every sum of losses is multiplied by their number and divided by all tokens. A step whose
+    gradient is not finite on some rank is left out on all of them, and leaves no trace.
     """
-    tokens = sum(batch.tokens for batch in batches)
-    factor = ranks.world_size * len(batches) / max(1.0, ranks.sum(tokens)[0])
-    total = 0.0
+    tokens, moving = sum(batch.tokens for batch in batches), moving_statistics(engine.module)
+    before = [t.clone() for t in moving]
+    all_tokens, *flags = ranks.sum(tokens, *flags)
+    factor = ranks.world_size * len(batches) / max(1.0, all_tokens)
+    total, seconds = 0.0, 0.0
     for batch in batches:
+        began = time.monotonic()
         objective, loss = engine(batch.to(ranks.device))
+        seconds += time.monotonic() - began
         engine.backward(objective * factor)
         engine.step()
         total += loss
-    return float(total), tokens
+    applied = not engine.optimizer.overflow
+    if not applied:
+        for tensor, value in zip(moving, before):
+            tensor.copy_(value)
+    return Step(float(total), tokens, applied, flags, seconds)
+
+
+def moving_statistics(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What a forward pass in training changes: the buffers of BatchNorms that train."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
+    return [t for m in norms for t in m.buffers(recurse=False)]
+
+
+class Asked:
+    """Whether SIGTERM or SIGUSR1 has asked this process to stop. Worker processes inherit the handler and so outlive a signal to all."""
+
+    def __init__(self):
+        self.stop = False
+
+    def __enter__(self) -> Asked:
+        self.before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def _hear(self, *_) -> None:
+        self.stop = True
+
+    def __exit__(self, _, error, __) -> None:
+        # A launcher ends all ranks once the first has left with a code other than 0; those a moment behind are to leave with theirs.
+        again = isinstance(error, SystemExit) and error.code == AGAIN
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if again else handler)

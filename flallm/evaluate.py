@@ -28,7 +28,7 @@ class Prediction:
 
 def decode_split(model: Translator, config: Config, split: str, ranks: Ranks, decode: Decode, limit: int = 0) -> tuple[list[Prediction], list[dict]]:
     """(a prediction for each of the split's clips, in the shards' order; samples left out). On every rank the same."""
-    clips = Clips(split, config.data, model.text, config.seed)
+    clips = Clips(split, config.data, config.seed)
     numbers = np.arange(min(limit, len(clips.used)) if limit else len(clips.used))
     mine = numbers[np.argsort(clips.used[numbers], kind="stable")][ranks.rank :: ranks.world_size]  # alike in length and work
     groups = [[(None, int(n)) for n in mine[i : i + decode.batch]] for i in range(0, len(mine), decode.batch)]
@@ -36,7 +36,7 @@ def decode_split(model: Translator, config: Config, split: str, ranks: Ranks, de
     model.eval()
     found, bad = [], []
     with engine.precision(config.train, ranks.device):
-        for batch in batches(clips, groups, min(1, config.data.workers)):
+        for batch in batches(clips, model.text, groups, min(1, config.data.workers)):
             bad += batch.bad
             if any(batch.keys):
                 found += zip(batch.keys, batch.texts, model.translate(batch.to(ranks.device), decode))

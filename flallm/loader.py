@@ -56,18 +56,18 @@ class Batch:
 class Clips:
     """The clips of a split as a model sees them."""
 
-    def __init__(self, split: str, data: Data, text: Text, seed: int):
-        self.shards, self.data, self.text = Shards(data.shards, split, data.cache, data.cache_gib), data, text
+    def __init__(self, split: str, data: Data, seed: int):
+        self.shards, self.data = Shards(data.shards, split, data.cache, data.cache_gib), data
         self.used = used_frames(self.shards.index["frames"], data.stride, data.max_frames)  # frames of each clip
         self.frame_bytes = data.crop * data.crop * 3
         self.options = (data.resize, data.crop, data.stride, data.max_frames, data.augment, seed)
 
-    def batch(self, group: Group) -> Batch:
+    def batch(self, text: Text, group: Group) -> Batch:
         """One batch, decoded here and now."""
-        return next(batches(self, [group], 0))
+        return next(batches(self, text, [group], 0))
 
 
-def batches(clips: Clips, groups: Iterable[Group], workers: int) -> Iterator[Batch]:
+def batches(clips: Clips, text: Text, groups: Iterable[Group], workers: int) -> Iterator[Batch]:
     """A batch for each group of clips, in order, decoded ahead by `workers` processes (0: here, when it is asked for)."""
     ahead, size, limit, data = deque(), 0, clips.data.prefetch_mib * 2**20, clips.data
     arguments = (clips.shards.folder, clips.shards.split, data.cache, data.cache_gib, clips.options)
@@ -76,11 +76,11 @@ def batches(clips: Clips, groups: Iterable[Group], workers: int) -> Iterator[Bat
             bytes_needed = int(clips.used[[n for _, n in group]].sum()) * clips.frame_bytes
             while ahead and size + bytes_needed > limit:
                 size -= ahead[0].size
-                yield ahead.popleft().batch()
+                yield ahead.popleft().batch(text)
             ahead.append(_Ahead(clips, group, pool))
             size += bytes_needed
         while ahead:
-            yield ahead.popleft().batch()
+            yield ahead.popleft().batch(text)
 
 
 class _Ahead:
@@ -110,7 +110,7 @@ class _Ahead:
         except Lost as cause:
             return f"{self.clips.shards.split} sample {number}", "", f"cannot be decoded: {cause}"
 
-    def batch(self) -> Batch:
+    def batch(self, text: Text) -> Batch:
         memory = mmap.mmap(self.file, self.size)  # lives as long as a tensor of it
         crop = self.clips.data.crop
         frames = np.frombuffer(memory, np.uint8)[: self.lengths.sum() * self.clips.frame_bytes].reshape(-1, crop, crop, 3)
@@ -120,7 +120,7 @@ class _Ahead:
         bad = [{"key": key, "cause": cause} for key, _, cause in results if cause]
         good = [i for i, (_, _, cause) in enumerate(results) if not cause]
         keys, texts = ([results[i][k] for i in good] for k in (0, 1))
-        labels, lengths = [self.clips.text.encode(text) for text in texts], self.lengths[good]
+        labels, lengths = [text.encode(t) for t in texts], self.lengths[good]
         if not good:  # a rank must take part in the step all the same: two black frames, no label
             frames, keys, texts, labels, lengths = np.zeros((2, crop, crop, 3), np.uint8), [""], [""], [[IGNORE]], np.array([2])
         elif bad:

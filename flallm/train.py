@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -11,14 +12,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
+import numpy as np
 import torch
 
 from flallm import UserError, checkpoint
 from flallm import config as cfg
 from flallm import engine as engines
+from flallm.checkpoint import State, Writer
 from flallm.config import Config, Train
-from flallm.engine import Ranks
+from flallm.engine import AGAIN, Ranks, Step
 from flallm.evaluate import decode_split, note_bad_samples, swapped_bleu4
 from flallm.loader import Clips, batches
 from flallm.metrics import bleu4
@@ -26,32 +30,83 @@ from flallm.model.translator import Translator
 from flallm.plan import TEXT_COST, Plan, training_groups
 from flallm.text import Text
 
+# What may differ from the recipe a run was begun with. All else would make the two halves of the run two different runs.
+FREE = (
+    "name", "data.shards", "data.workers", "data.prefetch_mib", "data.cache", "encoder.weights", "llm.path", "decode", "checkpoint", "train.micro_batches", "train.deepspeed",
+    "train.log_every", "train.dev_every", "train.dev_clips", "train.max_skipped", "train.timeout",
+)  # fmt: skip
+
 
 def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -> None:
-    """Trains a run into its folder. Stage 2 takes its encoder from the best checkpoint of the run `stage1`."""
-    if any(ranks.gather((run / "config.yaml").exists())):
-        raise UserError(f"{run} holds a run already, and runs cannot be resumed yet: remove it or name another --run_dir")
-    text = Text(config.llm)
-    clips, _ = (Clips(split, config.data, text, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
-    plan = make_plan(config, clips, ranks.world_size)
+    """Trains a run into its folder, from its newest good checkpoint if it has one: the same command goes on where it ended.
+
+    Stage 2 takes its encoder from the best checkpoint of the run `stage1`. Exits with `AGAIN` after a signal to stop, once all is saved.
+    """
+    clips, _ = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
+    text, plan = Text(config.llm), make_plan(config, clips, ranks.world_size)
+    data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
+    found = newest(config, run, ranks, data)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
-    model = Translator(config, text)
-    if config.stage == "stage2":
+    model = Translator(config, text, weights=not found)
+    if found:
+        checkpoint.load_model(found[0], model)
+    elif config.stage == "stage2":
         take_encoder(model, config, stage1)
     total = config.train.steps or plan.total(config.train.epochs)
-    log = Log(config, run, ranks, total, text, model)
-    engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
-    torch.manual_seed(config.seed * 1000 + ranks.rank + 1)  # … and drop out different units
-    loader = batches(clips, training_groups(plan, ranks.rank, 0, total), config.data.workers)
-    engine.train()
-    for step in range(1, total + 1):
-        with log.waiting():
-            micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
-        engines.set_learning_rates(engine, config.train, schedule(config.train, step - 1, total))
-        loss, tokens = engines.train_step(engine, micro_batches, ranks)
-        log.step(step, loss, tokens, micro_batches)
-        if step % (config.train.dev_every or plan.steps(0)) == 0 or step == total:
-            look_at_dev(model, config, run, ranks, log, step)
+    with checkpoint.lock(run, ranks), engines.Asked() as asked:
+        engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
+        torch.manual_seed(config.seed * 1000 + ranks.rank + 1)  # … and drop out different units
+        first = found[1]["step"] if found else 0
+        loader = batches(clips, text, training_groups(plan, ranks.rank, first, total), config.data.workers)
+        state = checkpoint.restore(*found, engine, ranks, config.seed) if found else State()
+        log = Log(config, run, ranks, total, text, model, state)
+        writer = Writer(run, ranks, config.checkpoint, {"data": data, "config": cfg.flat(config), "environment": environment(ranks)})
+        engine.train()
+        for state.step in range(first + 1, total + 1):
+            with log.waiting():
+                micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
+            engines.set_learning_rates(engine, config.train, schedule(config.train, state.step - 1, total))
+            step = engines.train_step(engine, micro_batches, ranks, asked.stop, writer.written, writer.due() and ranks.first)
+            log.step(step, micro_batches)
+            stop, written, due = step.flags
+            if state.skipped_in_a_row == config.train.max_skipped:
+                give_up(writer, log, f"{config.train.max_skipped} steps in a row were not finite, see {run}/not_finite.jsonl; the last good checkpoint is kept")
+            dev = None
+            if state.step % (config.train.dev_every or plan.steps(0)) == 0 or state.step == total:
+                dev = look_at_dev(model, config, ranks, log)
+            try:
+                if dev is not None or stop or due or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+                    writer.save(engine, log.up_to_now(), dev)
+                if written == ranks.world_size:
+                    writer.settle()
+                if stop or state.step == total:
+                    writer.close()
+            except checkpoint.DiskError as error:
+                give_up(writer, log, f"{error}; the checkpoints before it are kept")
+            if stop and state.step < total:
+                log.say(f"step {state.step}/{total}  asked to stop: all is saved, and the same command goes on from here")
+                raise SystemExit(AGAIN)
+
+
+def newest(config: Config, run: Path, ranks: Ranks, data: dict) -> tuple[Path, dict] | None:
+    """The newest good checkpoint, if it is one of this recipe."""
+    found = checkpoint.newest_good(run, ranks)
+    if not found:
+        return None
+    theirs, mine = found[1]["config"], json.loads(json.dumps(cfg.flat(config)))
+    differing = [f"{name} was {theirs.get(name)} and is {value}" for name, value in mine.items() if theirs.get(name) != value and not name.startswith(FREE)]
+    if found[1]["data"] != data:
+        differing.append(f"data.shards had {found[1]['data']['clips']} clips and has {data['clips']}, or others")
+    if differing:
+        raise UserError(f"{run} was begun with another recipe: {'; '.join(differing)}. Name another --run_dir, or go on with what it was")
+    return found
+
+
+def give_up(writer: Writer, log: Log, why: str) -> None:
+    log.say(f"error: {why}")
+    with contextlib.suppress(checkpoint.DiskError):
+        writer.close()
+    raise SystemExit(1)
 
 
 def make_plan(config: Config, clips: Clips, world_size: int) -> Plan:
@@ -82,39 +137,49 @@ def schedule(config: Train, step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def look_at_dev(model: Translator, config: Config, run: Path, ranks: Ranks, log: Log, step: int) -> None:
-    """BLEU-4 on dev, greedy, of the real and of swapped videos; a checkpoint of the model."""
+def look_at_dev(model: Translator, config: Config, ranks: Ranks, log: Log) -> float:
+    """BLEU-4 on dev, greedy, of the real and of swapped videos."""
     began = time.monotonic()
     greedy = replace(config.decode, beam=1, batch=max(config.decode.batch, 32))
     predictions, _ = decode_split(model, config, "dev", ranks, greedy, config.train.dev_clips)
     real = bleu4([p.hypothesis for p in predictions], [p.reference for p in predictions], config.convention)
-    log.dev(step, real, swapped_bleu4(predictions, config.convention))
-    if ranks.first:
-        checkpoint.save(run, step, real, model)
+    log.dev(real, swapped_bleu4(predictions, config.convention))
     log.leave_out(time.monotonic() - began)
+    return real
 
 
 class Log:
     """What a run leaves to be read: a line an interval, metrics.jsonl, TensorBoard, and how it was made."""
 
-    def __init__(self, config: Config, run: Path, ranks: Ranks, total: int, text: Text, model: Translator):
-        self.config, self.run, self.ranks, self.total = config, run, ranks, total
+    def __init__(self, config: Config, run: Path, ranks: Ranks, total: int, text: Text, model: Translator, state: State):
+        self.config, self.run, self.ranks, self.total, self.state, self.first = config, run, ranks, total, state, state.step
         self.began = self.last = time.monotonic()
-        self.outside = 0.0  # seconds spent on dev
-        self.counts = dict.fromkeys(("loss", "tokens", "clips", "waiting"), 0.0)
+        self.before, self.outside = state.seconds, 0.0  # seconds before this start, and of this one on dev
+        self.timers = dict.fromkeys(("waiting", "computing"), 0.0)  # since the last line
+        state.sums = state.sums or dict.fromkeys(("loss", "tokens", "clips"), 0.0)
         if ranks.first:
             from torch.utils.tensorboard import SummaryWriter
 
-            run.mkdir(parents=True, exist_ok=True)
             (run / "config.yaml").write_text(cfg.dump(config))
             (run / "command.txt").write_text(" ".join(sys.argv) + "\n")
             (run / "environment.json").write_text(json.dumps(environment(ranks), indent=1))
             text.tokenizer.save_pretrained(run / "llm")
             text.config.save_pretrained(run / "llm")
-            self.tensorboard = SummaryWriter(run / "tensorboard")
+            self._forget_what_is_done_again()
+            self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=state.step + 1)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
             whole = sum(p.numel() for p in model.parameters()) / 1e6
-            print(f"{config.stage}: {whole:.2f} M parameters, {trained:.2f} M of them train; {total} steps on {ranks.world_size} ranks", flush=True)
+            self.say(f"{whole:.2f} M parameters, {trained:.2f} M of them train; {total} steps on {ranks.world_size} ranks")
+            if state.step:
+                self.say(f"going on from the checkpoint of step {state.step} of {total}")
+
+    def _forget_what_is_done_again(self) -> None:
+        path = self.run / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.state.step]  # the last may be half a line
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(f"{line}\n" for line in kept))
+        part.replace(path)
 
     def waiting(self) -> Log:
         """A context whose time counts as waiting for data."""
@@ -124,50 +189,74 @@ class Log:
         self._entered = time.monotonic()
 
     def __exit__(self, *_) -> None:
-        self.counts["waiting"] += time.monotonic() - self._entered
+        self.timers["waiting"] += time.monotonic() - self._entered
 
-    def step(self, step: int, loss: float, tokens: float, micro_batches: list) -> None:
-        self.counts["loss"] += loss
-        self.counts["tokens"] += tokens
-        self.counts["clips"] += sum(len(b.keys) for b in micro_batches)
+    def step(self, done: Step, micro_batches: list) -> None:
         if bad := [sample for batch in micro_batches for sample in batch.bad]:
             note_bad_samples(self.run, bad)
-        if step % self.config.train.log_every and step != self.total:
+        self.timers["computing"] += done.seconds
+        if done.applied:
+            self.state.skipped_in_a_row = 0
+            for name, value in (("loss", done.loss), ("tokens", done.tokens), ("clips", sum(len(b.keys) for b in micro_batches))):
+                self.state.sums[name] += value
+        else:
+            self._not_finite(done, micro_batches)
+        if self.state.step % self.config.train.log_every and self.state.step != self.total:
             return
-        loss, tokens, clips, waiting = self.ranks.sum(*self.counts.values())
+        busy = self.timers["waiting"] + self.timers["computing"]
+        sums = self.ranks.sum(*self.state.sums.values(), self.timers["waiting"], *(busy * (r == self.ranks.rank) for r in range(self.ranks.world_size)))
+        (loss, tokens, clips, waiting), each = sums[:4], sums[4:]
         now = time.monotonic()
-        seconds = now - self.last
-        left = (now - self.began - self.outside) / step * (self.total - step)
-        factor = schedule(self.config.train, step - 1, self.total)
+        seconds, steps = now - self.last, self.state.step % self.config.train.log_every or self.config.train.log_every
+        left = (now - self.began - self.outside) / (self.state.step - self.first) * (self.total - self.state.step)
+        factor = schedule(self.config.train, self.state.step - 1, self.total)
         values = {"loss": loss / max(1, tokens), "clips_per_s": clips / seconds, "data_wait_share": waiting / seconds / self.ranks.world_size}
         values |= {f"lr_{part}": factor * getattr(self.config.train, f"lr_{part}") for part in ("encoder", "adapter", "language")}
-        self.counts = dict.fromkeys(self.counts, 0.0)
+        values |= {"skipped": self.state.skipped}
+        self.state.sums, self.timers = dict.fromkeys(self.state.sums, 0.0), dict.fromkeys(self.timers, 0.0)
         self.last = now
-        self._write(step, values)
-        self._print(
-            f"step {step}/{self.total}  loss {values['loss']:.3f}  lr {values['lr_encoder']:.1e}/{values['lr_adapter']:.1e}/{values['lr_language']:.1e}  "
+        self._write(values)
+        slowest = max(range(len(each)), key=each.__getitem__)
+        self.say(
+            f"step {self.state.step}/{self.total}  loss {values['loss']:.3f}  lr {values['lr_encoder']:.1e}/{values['lr_adapter']:.1e}/{values['lr_language']:.1e}  "
             f"{values['clips_per_s']:.1f} clips/s  waiting for data {values['data_wait_share']:.0%}  {left // 60:.0f}:{left % 60:02.0f} left"
+            + f"  slowest rank {slowest}: {each[slowest] / steps:.2f} s a step, mean {sum(each) / len(each) / steps:.2f}"
+            * (len(each) > 1)
         )
 
-    def dev(self, step: int, real: float, swapped: float) -> None:
-        self._write(step, {"dev_bleu4": real, "dev_bleu4_swapped": swapped})
-        self._print(f"step {step}/{self.total}  dev BLEU-4 {real:.2f}, from swapped videos {swapped:.2f}")
-        if real < 2 * swapped + 1 and step > self.total / 4:
-            self._print("warning: dev scores are no better with the right video than with another: the model does not look at its input yet")
+    def _not_finite(self, done: Step, micro_batches: list) -> None:
+        """A step that was left out: it is counted, and the clips of all ranks are written down."""
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        parts = self.ranks.gather({"loss": done.loss, "keys": [key for batch in micro_batches for key in batch.keys]})
+        if self.ranks.first:
+            with open(self.run / "not_finite.jsonl", "a") as file:
+                file.writelines(json.dumps({"step": self.state.step, "rank": rank} | part) + "\n" for rank, part in enumerate(parts))
+        self.say(f"step {self.state.step}/{self.total}  warning: the gradient is not finite, the step is left out; its clips are in not_finite.jsonl")
+
+    def dev(self, real: float, swapped: float) -> None:
+        self._write({"dev_bleu4": real, "dev_bleu4_swapped": swapped})
+        self.say(f"step {self.state.step}/{self.total}  dev BLEU-4 {real:.2f}, from swapped videos {swapped:.2f}")
+        if real < 2 * swapped + 1 and self.state.step > self.total / 4:
+            self.say("warning: dev scores are no better with the right video than with another: the model does not look at its input yet")
 
     def leave_out(self, seconds: float) -> None:
         """Time that is not to be counted as training."""
         self.last += seconds
         self.outside += seconds
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def up_to_now(self) -> State:
+        self.state.seconds = self.before + time.monotonic() - self.began
+        return self.state
+
+    def _write(self, values: dict[str, float]) -> None:
         if self.ranks.first:
             with open(self.run / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.began, 2), **values}) + "\n")
+                file.write(json.dumps({"step": self.state.step, "seconds": round(self.up_to_now().seconds, 2), **values}) + "\n")
             for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.add_scalar(name, value, self.state.step)
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
         if self.ranks.first:
             print(f"{self.config.stage}  {line}", flush=True)
 

@@ -1,29 +1,22 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=flallm-stage1
-#SBATCH --nodes=1                  # as many as you like; the batch of a recipe is shared out over all GPUs
+#SBATCH --nodes=1                  # as many as you like; 2-4: go on with what is left when a node dies; 4: wait for another
 #SBATCH --ntasks-per-node=8        # one task a GPU: the number of GPUs of a node
 #SBATCH --gpus-per-node=8          # the same number
 #SBATCH --cpus-per-task=8          # data.workers of the recipe, and two more
-#SBATCH --time=24:00:00            # what your partition allows
-#SBATCH --output=flallm-%x-%j.log  # one log a job
+#SBATCH --time=24:00:00            # what your partition allows; the job goes on in as many of these as it needs
+#SBATCH --signal=USR1@300          # seconds before that to finish a step and write a checkpoint
+#SBATCH --requeue
 #SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log  # one log a job
 ##SBATCH --partition=…             # if your cluster wants one: one # less
 ##SBATCH --account=…               # likewise
 #
 #   sbatch slurm/stage1.sh phoenix14t --data.shards=/path/to/shards --run_dir=/path/to/run
 #   sbatch --nodes=4 slurm/stage1.sh …           (options of sbatch go before the script)
 #
-# Everything after the script goes to `flallm stage1`. Submit from the folder of the repo, or with flallm on PATH.
+# Everything after the script goes to `flallm stage1`.
 set -euo pipefail
-
-# Your cluster's modules, if Python or CUDA come from there:
-# module load …
-
-PATH="${SLURM_SUBMIT_DIR:-.}/.venv/bin:$PATH"
-
-# Where the ranks meet: the first node of the job, and a port that two jobs on one node do not share.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
-
-srun --kill-on-bad-exit=1 flallm stage1 "$@"
+slurm=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=\([^ ]*\).*/\1/p")  # this script: what runs is a copy of it
+. "${slurm%/*}/run.sh"
+flallm_on_all_ranks stage1 "$@"

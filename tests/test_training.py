@@ -25,7 +25,7 @@ GLOBAL = {"encoder.global_batch_norm": True, "train.batch": 12}
 def model_and_clips(config):
     torch.manual_seed(0)
     model = Translator(config, Text(config.llm)).train()
-    return model, Clips("train", config.data, model.text, 0)
+    return model, Clips("train", config.data, 0)
 
 
 def one_zero2_step(config, out: Path) -> None:
@@ -33,7 +33,7 @@ def one_zero2_step(config, out: Path) -> None:
     model, clips = model_and_clips(config)
     zero = engine.start_engine(model, config.train, ranks)
     plan = make_plan(config, clips, ranks.world_size)
-    batches = [clips.batch([(0, int(n)) for n in part[ranks.rank]]) for part in plan.step(0, 0)]
+    batches = [clips.batch(model.text, [(0, int(n)) for n in part[ranks.rank]]) for part in plan.step(0, 0)]
     engine.train_step(zero, batches, ranks)
     if ranks.first:
         save_file({k: v.clone() for k, v in model.state_dict().items()}, out)
@@ -92,7 +92,7 @@ def test_weights_after_a_zero2_step_on_two_ranks_are_those_of_plain_pytorch_on_t
     configs, out = runs
     model, clips = model_and_clips(configs[name])
     micro_batches = make_plan(configs[name], clips, 1).step(0, 0)
-    batches = [clips.batch([(0, int(n)) for n in part[0]]) for part in micro_batches]
+    batches = [clips.batch(model.text, [(0, int(n)) for n in part[0]]) for part in micro_batches]
     tokens = sum(batch.tokens for batch in batches)
     for batch in batches:
         (model(batch)[0] / tokens).backward()

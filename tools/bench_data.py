@@ -26,7 +26,7 @@ from flallm import video
 from flallm.config import Data
 from flallm.corpora import Clip, synthetic
 from flallm.encode import Options
-from flallm.loader import Batch, Clips, batches
+from flallm.loader import Clips, batches
 from flallm.plan import TEXT_COST, Plan, training_groups
 from flallm.shards import COLUMNS, Shards, _save, make_shards
 
@@ -67,7 +67,7 @@ class Corpus:
         clips = [Clip(c.key, c.split, c.text, Narrow(c.media)) for c in synthetic.clips(train=CLIPS, dev=0, test=0, size=HEIGHT)]
         make_shards(clips, folder / "shards", Options(), {"name": "bench"})
         self.data = Data(shards=str(folder / "shards"))
-        self.clips, self.png_bytes, self.squared_error, self.pngs = Clips("train", self.data, Words(), 0), 0, [], []
+        self.clips, self.png_bytes, self.squared_error, self.pngs = Clips("train", self.data, 0), 0, [], []
         for n, clip in enumerate(clips):
             decoded = av.open(io.BytesIO(self.clips.shards.read(n)[0])).decode(video=0)
             kept = []
@@ -85,7 +85,7 @@ class Corpus:
 
     def loader(self, workers: int, rounds: int = 2, epoch: int | None = 0) -> float:
         """Clips a second once the workers have started."""
-        stream = batches(self.clips, self.groups(rounds + 1, epoch), workers)
+        stream = batches(self.clips, Words(), self.groups(rounds + 1, epoch), workers)
         seen, began = 0, 0.0
         for i, batch in enumerate(stream):
             if i == CLIPS // 8 - 1:
@@ -199,7 +199,7 @@ def ten_million(folder: Path) -> None:
     (folder / "big/dataset.json").write_text(json.dumps(dataset))
     began = time.perf_counter()
     data = Data(shards=str(folder / "big"), resize=72, crop=64)
-    opened = Clips("train", data, Words(), 0)
+    opened = Clips("train", data, 0)
     plan = Plan(opened.used, opened.shards.index["text_length"], 8 * ranks, 1, ranks, 0)
     group = next(training_groups(plan, 5, 3 * plan.steps(0) + 700, 10**6))
     opened.shards.read(group[0][1])
@@ -226,18 +226,17 @@ def all_bytes() -> int:
 
 def growth(folder: Path) -> None:
     make_shards(synthetic.clips(train=200, dev=0, test=0), folder / "demo", Options(short_side=72), {"name": "bench"})
-    clips = Clips("train", Data(shards=str(folder / "demo"), resize=72, crop=64, prefetch_mib=64), Words(), 0)
+    clips = Clips("train", Data(shards=str(folder / "demo"), resize=72, crop=64, prefetch_mib=64), 0)
     groups = ([(0, (4 * i + k) % 200) for k in range(4)] for i in range(2100))
     sizes: dict[int, int] = {}
-    batch: Batch
-    for i, batch in enumerate(batches(clips, groups, 2), 1):
+    for i, _batch in enumerate(batches(clips, Words(), groups, 2), 1):
         if i in (200, 2000):
             sizes[i] = all_bytes()
     say(
         "loader_rss_growth",
         sizes[2000] / sizes[200],
         "ratio",
-        f"{sizes[200] / 2**20:.0f} MiB after 200 batches of 4, {sizes[2000] / 2**20:.0f} MiB after 2000, 2 workers; last {len(batch.keys)}",
+        f"{sizes[200] / 2**20:.0f} MiB after 200 batches of 4, {sizes[2000] / 2**20:.0f} MiB after 2000, 2 workers",
     )
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=flallm-evaluate
+#SBATCH --nodes=1                  # as many as you like
+#SBATCH --ntasks-per-node=8        # one task a GPU: the number of GPUs of a node
+#SBATCH --gpus-per-node=8          # the same number
+#SBATCH --cpus-per-task=8          # data.workers of the recipe, and two more
+#SBATCH --time=02:00:00            # what your partition allows
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log  # one log a job
+##SBATCH --partition=…             # if your cluster wants one: one # less
+##SBATCH --account=…               # likewise
+#
+#   sbatch slurm/evaluate.sh /path/to/run --split=test
+#
+# Everything after the script goes to `flallm evaluate`.
+set -euo pipefail
+slurm=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=\([^ ]*\).*/\1/p")  # this script: what runs is a copy of it
+. "${slurm%/*}/run.sh"
+flallm_on_all_ranks evaluate "$@"

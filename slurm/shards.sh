@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=flallm-shards
+#SBATCH --array=0-15               # this many parts, each on a node of its own choice
+#SBATCH --cpus-per-task=16         # a clip is encoded by one core
+#SBATCH --time=24:00:00            # what your partition allows; a part that was cut off goes on when it is submitted again
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A-%a.log
+##SBATCH --partition=…             # if your cluster wants one: one # less
+##SBATCH --account=…               # likewise
+#
+#   sbatch slurm/shards.sh phoenix14t /path/to/PHOENIX-2014-T-release-v3 --out=/path/to/shards
+#
+# Everything after the script goes to tools/make_shards.py, which makes the part of this task of the array.
+set -euo pipefail
+slurm=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=\([^ ]*\).*/\1/p")  # this script: what runs is a copy of it
+. "${slurm%/*}/run.sh"
+python "${slurm%/*}/../tools/make_shards.py" "$@" --part="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"

@@ -1,0 +1,148 @@
+"""A run that is stopped goes on as if it had not been. One process group of two plays many scenarios; in others, from `make faults`, processes die."""
+
+import shutil
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from faults import DAMAGE, SHORT, Lab, Skip, damage, rows, same
+from safetensors.torch import load_file
+
+from flallm import UserError, checkpoint, engine
+from flallm import config as cfg
+from flallm.model.translator import Translator
+from flallm.text import Text
+from flallm.train import train
+
+
+def stop_at(step: int):
+    """The next run of this process is asked to stop during that step."""
+
+    class At(engine.Asked):
+        calls = 0
+
+        @property
+        def stop(self):
+            self.calls += 1
+            return self.calls == step
+
+        @stop.setter
+        def stop(self, value):
+            pass
+
+    return At
+
+
+def run_until(step: int, *arguments) -> None:
+    """A run that rank 1 alone is told to stop, in its `step`-th step."""
+    before, engine.Asked = engine.Asked, stop_at(step) if arguments[2].rank == 1 else engine.Asked
+    try:
+        with pytest.raises(SystemExit) as left:
+            train(*arguments)
+    finally:
+        engine.Asked = before
+    assert left.value.code == engine.AGAIN
+
+
+def two_ranks(configs: dict, out: Path) -> None:
+    ranks = engine.join()
+    for name in ("stage1", "stage2", "joint"):
+        arguments = configs[name], out / f"{name}-again", ranks, out / "stage1"
+        train(configs[name], out / name, ranks, out / "stage1")
+        for steps in (1, 2, 1):
+            run_until(steps, *arguments)
+        if name == "stage1" and ranks.first:
+            for how in DAMAGE:
+                shutil.copytree(arguments[1], out / how)
+                damage(how, out / how / "checkpoints/step-4")
+        train(*arguments)
+    for how in DAMAGE:
+        train(configs["stage1"], out / how, ranks)
+    train(configs["few"], out / "few", ranks)
+    with pytest.raises(UserError) as refused:
+        train(configs["other"], out / "stage1", ranks)
+    (out / "refused.txt").write_text(str(refused.value))
+
+
+@pytest.fixture(scope="module")
+def runs(shards, llm, tmp_path_factory):
+    from conftest import SMALL
+
+    out = tmp_path_factory.mktemp("runs")
+
+    def make(stage, **overrides):
+        return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **overrides})
+
+    configs = {
+        "stage1": make("stage1", **SHORT, **{"light_t.dropout": 0.1}),
+        "stage2": make("stage2", **SHORT),
+        "joint": make("joint", **SHORT, **{"train.optimizer": "sgd"}),
+        "few": make("stage1", **SHORT | {"checkpoint.every": 1, "checkpoint.last": 1, "checkpoint.every_nth": 4}),
+        "other": make("stage1", **SHORT | {"train.log_every": 2, "train.lr_encoder": 0.5, "checkpoint.last": 1}),
+    }
+    engine.launch(two_ranks, 2, configs, out)
+    return configs, out
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "joint"])
+def test_a_run_stopped_three_times_is_bit_equal_to_one_never_stopped(runs, stage):
+    _, out = runs
+    assert same(out / stage, out / f"{stage}-again")
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_serves(runs, how):
+    _, out = runs
+    assert same(out / "stage1", out / how)
+
+
+def test_the_last_the_best_and_every_nth_checkpoint_are_kept(runs):
+    _, out = runs
+    scores = {x["dev_bleu4"]: x["step"] for x in rows(out / "few/metrics.jsonl") if "dev_bleu4" in x}
+    assert {p.name for p in (out / "few/checkpoints").iterdir()} == {"step-4", "step-6", f"step-{scores[max(scores)]}"}
+
+
+def test_a_changed_recipe_is_refused_with_what_differs_and_matters(runs):
+    _, out = runs
+    said = (out / "refused.txt").read_text()
+    assert "train.lr_encoder was 0.002 and is 0.5" in said and "log_every" not in said and "checkpoint" not in said
+
+
+def test_the_best_weights_come_back_and_altered_ones_are_refused(runs, tmp_path):
+    configs, out = runs
+    model = Translator(configs["stage1"], Text(configs["stage1"].llm))
+    run = shutil.copytree(out / "stage1", tmp_path / "run")
+    checkpoint.load(run, model)
+    saved = load_file(checkpoint.best(run) / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items() if name in saved)
+    damage("flipped", checkpoint.best(run))
+    with pytest.raises(UserError, match="altered"):
+        checkpoint.load(run, model)
+
+
+@pytest.fixture(scope="module")
+def lab(shards, llm, tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("lab"), shards, llm)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        lambda lab: faults.all_ranks_killed(lab, times=2),
+        faults.one_rank_killed,
+        faults.one_rank_throws,
+        lambda lab: faults.killed_while_saving(lab, ("before the manifest",)),
+        faults.disk_full,
+        faults.not_finite,
+        faults.one_rank_signalled,
+        faults.other_world_sizes,
+        faults.two_runs_in_one_folder,
+    ],
+    ids=["all killed", "one killed", "one throws", "killed while saving", "disk full", "not finite", "SIGTERM to one", "other world sizes", "two runs"],
+)
+def test_faults(lab, scenario):
+    try:
+        scenario(lab)
+    except Skip as reason:
+        pytest.skip(str(reason))

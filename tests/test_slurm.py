@@ -1,0 +1,107 @@
+"""The project's own scripts on a real Slurm of two nodes, started here. Needs Debian's packages: see CONTRIBUTING.md."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SMALL
+
+from slurm import Cluster, missing, wait_for
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed ({', '.join(missing())} missing): see CONTRIBUTING.md")
+
+STEPS = 60
+ONE_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        cluster.env |= {"PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}", "PYTHONPATH": str(ROOT)}
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def recipe(shards, llm, tmp_path_factory) -> Path:
+    """The demo's at the size of tests; both stages with checkpoints every 10 steps and every loss written down."""
+    content: dict = yaml.safe_load((ROOT / "flallm/recipes/demo.yaml").read_text())
+    for name, value in SMALL.items():
+        section, field = name.split(".")
+        for target in ("stage1", "stage2") if section == "train" else (section,):
+            content[target][field] = value
+    for stage in ("stage1", "stage2"):
+        content[stage] |= {"steps": STEPS, "batch": 12, "log_every": 1, "dev_every": STEPS}
+    content["encoder"]["global_batch_norm"] = True
+    content |= {"checkpoint": {"every": 10}, "data": content["data"] | {"shards": str(shards)}, "llm": {"path": str(llm), "dropout": 0}}
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def submit(cluster: Cluster, folder: Path, nodes: str, *arguments: str) -> str:
+    options = (*ONE_CPU, f"--nodes={nodes}", f"--output={folder}/log.txt", f"--chdir={folder}")
+    return cluster.ask("sbatch", "--parsable", *options, str(ROOT / "slurm/stage1.sh"), *arguments, f"--run_dir={folder}/run").strip()
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")] if (run / "metrics.jsonl").exists() else []
+    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 1 + sum("loss" in r for r in rows)))  # none twice
+    return {r["step"]: r["loss"] for r in rows if "loss" in r}
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster, recipe, tmp_path_factory) -> dict[int, float]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    job = cluster.wait_for_job(submit(cluster, folder, "2", str(recipe)))
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), (folder / "log.txt").read_text()
+    return losses(folder / "run")
+
+
+def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_and_ends_as_if_unbroken(cluster, recipe, unbroken, tmp_path):
+    number = submit(cluster, tmp_path, "2", str(recipe))
+    wait_for(lambda: len(losses(tmp_path / "run")) > 3, "the fourth step", 300)
+    cluster.ask("scancel", "--signal=USR1", number)  # as --signal=USR1@300 does before the time limit
+    job = cluster.wait_for_job(number)
+    said = (tmp_path / "log.txt").read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said
+    assert "asked to stop: all is saved" in said and "going on from the checkpoint of step" in said
+    assert losses(tmp_path / "run") == unbroken
+
+
+def test_a_job_whose_node_dies_goes_on_with_the_node_that_is_left(cluster, recipe, unbroken, tmp_path):
+    cluster.wait_until_idle()  # or it begins with one
+    number = submit(cluster, tmp_path, "1-2", str(recipe))
+    wait_for(lambda: len(losses(tmp_path / "run")) > 12, "the thirteenth step", 300)
+    assert cluster.job(number)["NumNodes"] == "2"
+    cluster.kill_node("node2")
+    cluster.ask("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")  # Slurm notices by itself after SlurmdTimeout
+    job = cluster.wait_for_job(number)
+    cluster.start_node("node2")
+    said = (tmp_path / "log.txt").read_text()
+    assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "1", "1"), said
+    assert "on 1 ranks" in said
+    after = losses(tmp_path / "run")
+    assert after == pytest.approx(unbroken, rel=1e-3)  # an optimiser of many steps magnifies how sums are rounded
+    first = int(said.partition("going on from the checkpoint of step ")[2].split()[0])
+    assert first >= 10 and {s: after[s] for s in range(1, first + 1)} == {s: unbroken[s] for s in range(1, first + 1)}
+
+
+def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_path):
+    import make_shards
+
+    if "part" not in inspect.signature(make_shards.synthetic).parameters:
+        pytest.skip("tools/make_shards.py has no --part")
+    options = {"SBATCH_OPTIONS": " ".join(("--chdir=/", *ONE_CPU[:1])), "SHARDS_OPTIONS": "--array=0-1 --cpus-per-task=1", "TRAINING_OPTIONS": "--nodes=1 --ntasks-per-node=1 --cpus-per-task=1"}  # fmt: skip
+    arguments = ("synthetic", "--train=24", "--dev=8", "--test=7", "--size=36")
+    done = subprocess.run([ROOT / "slurm/chain.sh", recipe, tmp_path / "out", *arguments], env=cluster.env | options, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = done.stderr.split()[-1]
+    job = cluster.wait_for_job(last)
+    assert job["JobState"] == "COMPLETED", [p.read_text() for p in (tmp_path / "out").glob("*.log")]
+    assert json.loads((tmp_path / "out/stage2/scores/test.json").read_text())["raw"]["num_samples"] == 7
