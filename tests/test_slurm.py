@@ -1,6 +1,5 @@
 """The project's own scripts on a real Slurm of two nodes, started here. Needs Debian's packages: see CONTRIBUTING.md."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ sys.path.append(str(ROOT / "tools"))
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed ({', '.join(missing())} missing): see CONTRIBUTING.md")
 
 STEPS = 60
-ONE_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
+ONE_CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +94,9 @@ def test_a_job_whose_node_dies_goes_on_with_the_node_that_is_left(cluster, recip
 def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_path):
     import make_shards
 
-    if "part" not in inspect.signature(make_shards.synthetic).parameters:
+    if "--part" not in make_shards.__doc__:
         pytest.skip("tools/make_shards.py has no --part")
-    options = {"SBATCH_OPTIONS": " ".join(("--chdir=/", *ONE_CPU[:1])), "SHARDS_OPTIONS": "--array=0-1 --cpus-per-task=1", "TRAINING_OPTIONS": "--nodes=1 --ntasks-per-node=1 --cpus-per-task=1"}  # fmt: skip
+    options = {"SHARDS_OPTIONS": "--array=0-1 --cpus-per-task=1", "TRAINING_OPTIONS": " ".join(ONE_CPU)}
     arguments = ("synthetic", "--train=24", "--dev=8", "--test=7", "--size=36")
     done = subprocess.run([ROOT / "slurm/chain.sh", recipe, tmp_path / "out", *arguments], env=cluster.env | options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
