@@ -33,7 +33,7 @@ from flallm.text import Text
 
 # What may differ from the recipe a run was begun with. All else would make the two halves of the run two different runs.
 FREE = (
-    "name", "data.shards", "data.workers", "encoder.weights", "llm.path", "decode", "checkpoint", "train.micro_batches", "train.deepspeed",
+    "name", "data.shards", "data.workers", "data.prefetch_mib", "data.cache", "encoder.weights", "llm.path", "decode", "checkpoint", "train.micro_batches", "train.deepspeed",
     "train.log_every", "train.dev_every", "train.dev_clips", "train.max_skipped", "train.timeout",
 )  # fmt: skip
 
