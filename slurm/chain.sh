@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job, each part once the one before it is done: shards -> stage 1 -> stage 2 -> scores.
+# The whole job, each part once the one before it is done: parts of the shards -> shards -> stage 1 -> stage 2 -> scores.
 #
 #   slurm/chain.sh RECIPE FOLDER CORPUS ARGUMENTS…
 #   slurm/chain.sh phoenix14t /path/to/folder phoenix14t /path/to/PHOENIX-2014-T-release-v3
@@ -24,6 +24,7 @@ submit() { # NAME AFTER OPTIONS ARGUMENTS…
 }
 
 shards=$(submit shards "" "${SHARDS_OPTIONS:-}" "$@" --out="$folder/shards")
-stage1=$(submit stage1 "$shards" "${TRAINING_OPTIONS:-}" "$recipe" --data.shards="$folder/shards" --run_dir="$folder/stage1")
+joined=$(submit shards "$shards" "${SHARDS_OPTIONS:-} --array=0" "$@" --out="$folder/shards")
+stage1=$(submit stage1 "$joined" "${TRAINING_OPTIONS:-}" "$recipe" --data.shards="$folder/shards" --run_dir="$folder/stage1")
 stage2=$(submit stage2 "$stage1" "${TRAINING_OPTIONS:-}" "$recipe" --data.shards="$folder/shards" --run_dir="$folder/stage2" --stage1="$folder/stage1")
 submit evaluate "$stage2" "${TRAINING_OPTIONS:-}" "$folder/stage2" > /dev/null

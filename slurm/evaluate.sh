@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=flallm-evaluate
 #SBATCH --nodes=1                  # as many as you like
-#SBATCH --ntasks-per-node=8        # one task a GPU: the number of GPUs of a node
-#SBATCH --gpus-per-node=8          # the same number
-#SBATCH --cpus-per-task=8          # data.workers of the recipe, and two more
+#SBATCH --gpus-per-node=8          # of each node; a GPU is a rank
+#SBATCH --cpus-per-task=64         # of each node: for every GPU data.workers of the recipe, and two more
 #SBATCH --time=02:00:00            # what your partition allows
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -11,6 +11,8 @@
 #
 #   sbatch slurm/shards.sh phoenix14t /path/to/PHOENIX-2014-T-release-v3 --out=/path/to/shards
 #
+#   sbatch --array=0 --dependency=afterok:JOB slurm/shards.sh …   with the same words joins the parts once that job is done
+#
 # Everything after the script goes to tools/make_shards.py, which makes the part of this task of the array.
 set -euo pipefail
 slurm=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=\([^ ]*\).*/\1/p")  # this script: what runs is a copy of it

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=flallm-stage2
-#SBATCH --nodes=1                  # as many as you like; 2-4: go on with what is left when a node dies; 4: wait for another
-#SBATCH --ntasks-per-node=8        # one task a GPU: the number of GPUs of a node
-#SBATCH --gpus-per-node=8          # the same number
-#SBATCH --cpus-per-task=8          # data.workers of the recipe, and two more
+#SBATCH --nodes=1                  # as many as you like. When a node dies, --nodes=4 waits for another, --nodes=1-4 goes on with those left
+#SBATCH --gpus-per-node=8          # of each node; a GPU is a rank
+#SBATCH --cpus-per-task=64         # of each node: for every GPU data.workers of the recipe, and two more
 #SBATCH --time=24:00:00            # what your partition allows; the job goes on in as many of these as it needs
 #SBATCH --signal=USR1@300          # seconds before that to finish a step and write a checkpoint
 #SBATCH --requeue

@@ -47,7 +47,7 @@ def run_until(step: int, *arguments) -> None:
 
 def two_ranks(configs: dict, out: Path) -> None:
     ranks = engine.join()
-    for name in ("stage1", "stage2", "joint"):
+    for name in ("stage1", "stage2", "joint", "offload"):
         arguments = configs[name], out / f"{name}-again", ranks, out / "stage1"
         train(configs[name], out / name, ranks, out / "stage1")
         for steps in (1, 2, 1):
@@ -78,6 +78,7 @@ def runs(shards, llm, tmp_path_factory):
         "stage1": make("stage1", **SHORT, **{"light_t.dropout": 0.1}),
         "stage2": make("stage2", **SHORT),
         "joint": make("joint", **SHORT, **{"train.optimizer": "sgd"}),
+        "offload": make("stage1", **SHORT | {"train.deepspeed": str(Path(__file__).parents[1] / "ds_configs/zero2_offload.json")}),
         "few": make("stage1", **SHORT | {"checkpoint.every": 1, "checkpoint.last": 1, "checkpoint.every_nth": 4}),
         "other": make("stage1", **SHORT | {"train.log_every": 2, "train.lr_encoder": 0.5, "checkpoint.last": 1}),
     }
@@ -85,7 +86,7 @@ def runs(shards, llm, tmp_path_factory):
     return configs, out
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "joint"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "joint", "offload"])
 def test_a_run_stopped_three_times_is_bit_equal_to_one_never_stopped(runs, stage):
     _, out = runs
     assert same(out / stage, out / f"{stage}-again")

@@ -1,6 +1,5 @@
 """The project's own scripts on a real Slurm of two nodes, started here. Needs Debian's packages: see CONTRIBUTING.md."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -16,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed ({', '.join(missing())} missing): see CONTRIBUTING.md")
 
-STEPS = 60
-ONE_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
+STEPS = 40
+ONE_CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(shards, llm, tmp_path_factory) -> Path:
-    """The demo's at the size of tests; both stages with checkpoints every 10 steps and every loss written down."""
+    """The demo's at the size of tests; both stages with checkpoints every 5 steps and every loss written down."""
     content: dict = yaml.safe_load((ROOT / "flallm/recipes/demo.yaml").read_text())
     for name, value in SMALL.items():
         section, field = name.split(".")
@@ -38,7 +37,7 @@ def recipe(shards, llm, tmp_path_factory) -> Path:
     for stage in ("stage1", "stage2"):
         content[stage] |= {"steps": STEPS, "batch": 12, "log_every": 1, "dev_every": STEPS}
     content["encoder"]["global_batch_norm"] = True
-    content |= {"checkpoint": {"every": 10}, "data": content["data"] | {"shards": str(shards)}, "llm": {"path": str(llm), "dropout": 0}}
+    content |= {"checkpoint": {"every": 5}, "data": content["data"] | {"shards": str(shards)}, "llm": {"path": str(llm), "dropout": 0}}
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -77,7 +76,7 @@ def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_and_ends_as_if_u
 def test_a_job_whose_node_dies_goes_on_with_the_node_that_is_left(cluster, recipe, unbroken, tmp_path):
     cluster.wait_until_idle()  # or it begins with one
     number = submit(cluster, tmp_path, "1-2", str(recipe))
-    wait_for(lambda: len(losses(tmp_path / "run")) > 12, "the thirteenth step", 300)
+    wait_for(lambda: len(losses(tmp_path / "run")) > 7, "the eighth step", 300)
     assert cluster.job(number)["NumNodes"] == "2"
     cluster.kill_node("node2")
     cluster.ask("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")  # Slurm notices by itself after SlurmdTimeout
@@ -89,15 +88,15 @@ def test_a_job_whose_node_dies_goes_on_with_the_node_that_is_left(cluster, recip
     after = losses(tmp_path / "run")
     assert after == pytest.approx(unbroken, rel=1e-3)  # an optimiser of many steps magnifies how sums are rounded
     first = int(said.partition("going on from the checkpoint of step ")[2].split()[0])
-    assert first >= 10 and {s: after[s] for s in range(1, first + 1)} == {s: unbroken[s] for s in range(1, first + 1)}
+    assert first >= 5 and {s: after[s] for s in range(1, first + 1)} == {s: unbroken[s] for s in range(1, first + 1)}
 
 
 def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_path):
     import make_shards
 
-    if "part" not in inspect.signature(make_shards.synthetic).parameters:
+    if "--part" not in make_shards.__doc__:
         pytest.skip("tools/make_shards.py has no --part")
-    options = {"SBATCH_OPTIONS": " ".join(("--chdir=/", *ONE_CPU[:1])), "SHARDS_OPTIONS": "--array=0-1 --cpus-per-task=1", "TRAINING_OPTIONS": "--nodes=1 --ntasks-per-node=1 --cpus-per-task=1"}  # fmt: skip
+    options = {"SHARDS_OPTIONS": "--array=0-1 --cpus-per-task=1", "TRAINING_OPTIONS": " ".join(ONE_CPU)}
     arguments = ("synthetic", "--train=24", "--dev=8", "--test=7", "--size=36")
     done = subprocess.run([ROOT / "slurm/chain.sh", recipe, tmp_path / "out", *arguments], env=cluster.env | options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
