@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from flallm.corpora import Clip, VideoFile, open_video
@@ -118,6 +119,7 @@ def _encode_frames(media, options: Options) -> bytes:
                 stream.options = {"preset": "veryfast", "crf": str(options.crf), "x264-params": x264}
             frame = scaler.reformat(frame, stream.width, stream.height, "yuv420p", interpolation=Interpolation.AREA)
             frame.pts, frame.time_base = i, 1 / fps
+            frame.pict_type = PictureType.NONE  # the source's would be forced on the encoder
             container.mux(stream.encode(frame))
         if stream is None:
             raise ValueError("holds no frame")

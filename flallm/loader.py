@@ -72,15 +72,19 @@ def batches(clips: Clips, text: Text, groups: Iterable[Group], workers: int) -> 
     ahead, size, limit, data = deque(), 0, clips.data.prefetch_mib * 2**20, clips.data
     arguments = (clips.shards.folder, clips.shards.split, data.cache, data.cache_gib, clips.options)
     with Workers(workers, "flallm.decoder", decoder.start, arguments) if workers else nullcontext() as pool:
-        for group in groups:
-            bytes_needed = int(clips.used[[n for _, n in group]].sum()) * clips.frame_bytes
-            while ahead and size + bytes_needed > limit:
-                size -= ahead[0].size
+        try:
+            for group in groups:
+                bytes_needed = int(clips.used[[n for _, n in group]].sum()) * clips.frame_bytes
+                while ahead and size + bytes_needed > limit:
+                    size -= ahead[0].size
+                    yield ahead.popleft().batch(text)
+                ahead.append(_Ahead(clips, group, pool))
+                size += bytes_needed
+            while ahead:
                 yield ahead.popleft().batch(text)
-            ahead.append(_Ahead(clips, group, pool))
-            size += bytes_needed
-        while ahead:
-            yield ahead.popleft().batch(text)
+        finally:
+            for unwanted in ahead:
+                os.close(unwanted.file)
 
 
 class _Ahead:

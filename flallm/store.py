@@ -13,6 +13,8 @@ from pathlib import Path
 
 import fsspec
 
+from flallm import UserError
+
 TRIES, FIRST_WAIT = 4, 0.5  # seconds, doubled each time
 FOLDERS = 256  # of a cache
 
@@ -24,7 +26,10 @@ class Store:
     """
 
     def __init__(self, root: str, cache: str = "", cache_gib: float = 100.0):
-        self.files, self.root = fsspec.core.url_to_fs(root)
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(root)
+        except (ValueError, ImportError) as error:  # no such protocol, or its package is not there
+            raise UserError(f"{root} cannot be opened: {error}") from None
         self.local = "file" in (self.files.protocol if isinstance(self.files.protocol, tuple) else (self.files.protocol,))
         self.cache, self.folder_bytes = None if self.local or not cache else Path(cache), cache_gib * 2**30 / FOLDERS
 

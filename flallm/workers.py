@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable
-from concurrent.futures import TimeoutError
+from concurrent.futures import TimeoutError, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import count
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+HANGS, DEATHS = 2, 3  # after so many a task is given up: what stalled or killed it from outside spares the next try
+STARTS = 9  # pools in a row that die before they have done anything; then it is not the tasks that are at fault
 
 
 class Lost(Exception):
-    """A task that hung, or crashed its worker twice; the message is the cause."""
+    """A task that hung or lost its worker again and again; the message is the cause."""
 
 
 class Workers:
@@ -19,7 +25,8 @@ class Workers:
     def __init__(self, processes: int, module: str, initializer: Callable | None = None, initargs: tuple = ()):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module])
-        self._pool = ProcessPool(processes, initializer=initializer, initargs=initargs, context=context)
+        self._new_pool = lambda: ProcessPool(processes, initializer=initializer, initargs=initargs, context=context)
+        self._pool, self._broken = self._new_pool(), 0
 
     def __enter__(self) -> Workers:
         return self
@@ -30,17 +37,47 @@ class Workers:
 
     def start(self, function: Callable, *args, timeout: float) -> Callable:
         """Begins a task of at most `timeout` seconds. What comes back waits for its result, or raises `Lost`."""
-        future = self._pool.schedule(function, args=args, timeout=timeout)
+        begun = self._schedule(function, args, timeout)
 
         def result():
-            try:
+            pool, future = begun
+            for attempt in count(1):
                 try:
-                    return future.result()
-                except ProcessExpired:  # by this task, or by something that killed it: then the second try goes through
-                    return self._pool.schedule(function, args=args, timeout=timeout).result()
-            except TimeoutError:
-                raise Lost(f"not done after {timeout} s") from None
-            except ProcessExpired as death:
-                raise Lost(f"its worker process died (exit code {death.exitcode})") from None
+                    value = _wait(pool, future)
+                    self._broken = 0
+                    return value
+                except TimeoutError:
+                    cause, enough = f"not done after {timeout} s", HANGS
+                except ProcessExpired as death:
+                    cause, enough = f"its worker process died (exit code {death.exitcode})", DEATHS
+                except BrokenProcessPool:
+                    cause, enough = "its worker process died", DEATHS
+                if attempt == enough:
+                    raise Lost(cause)
+                pool, future = self._schedule(function, args, timeout)
 
         return result
+
+    def _schedule(self, function: Callable, args: tuple, timeout: float) -> tuple[ProcessPool, ProcessFuture]:
+        if not self._pool.active:  # a worker that dies while all are idle takes the pool with it
+            self._broken += 1
+            if self._broken == STARTS:
+                raise RuntimeError("worker processes die as soon as they are started")
+            self.__exit__()
+            self._pool = self._new_pool()
+        return self._pool, self._pool.schedule(_run, args=(function, args, timeout), timeout=timeout)
+
+
+def _wait(pool: ProcessPool, future: ProcessFuture):
+    while not wait([future], timeout=1).done:
+        if not pool.active:  # it does not always tell those who wait
+            raise BrokenProcessPool
+    return future.result()
+
+
+def _run(function: Callable, args: tuple, timeout: float):
+    signal.alarm(int(timeout) + 5)  # ends this process even inside a codec, should there be nobody left to do it
+    try:
+        return function(*args)
+    finally:
+        signal.alarm(0)

@@ -16,7 +16,7 @@ import pytest
 
 from flallm import UserError
 from flallm.corpora import MISSING, Clip, ImageFiles, LeftOut, VideoFile, csl_daily, how2sign, labels, manifest, phoenix14t, synthetic
-from flallm.shards import Options, encode
+from flallm.encode import Options, encode
 
 
 def images(folder: Path, count: int = 5, name: str = "images{:04d}.png") -> None:

@@ -1,10 +1,13 @@
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,11 +15,13 @@ import av
 import numpy as np
 import pytest
 import webdataset
+from safetensors.numpy import load_file, save_file
 
 from flallm import UserError, video
 from flallm.corpora import Clip, LeftOut, VideoFile, synthetic
 from flallm.encode import Options, encode
 from flallm.shards import BadSample, Shards, make_shards
+from flallm.verify import verify
 
 TOOL = Path(__file__).parents[1] / "tools/make_shards.py"
 
@@ -50,6 +55,21 @@ def test_a_killed_run_resumes_to_equal_bytes(tmp_path):
     assert {k: v for k, v in left.items() if not k.endswith(".part")} == digests(tmp_path / "whole")
 
 
+def test_parts_made_side_by_side_and_then_joined_are_the_same_bytes_as_in_one_go(tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video" * 100)
+    clips = [*synthetic.clips(train=9, dev=3, test=1, size=36), Clip("bad", "train", "text", VideoFile(str(bad)))]
+    whole = make_shards(clips, tmp_path / "whole", Options(per_shard=3), {"name": "test"}, 2)
+    parts = [tmp_path / "parts", Options(per_shard=3), {"name": "test"}, 1]
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(lambda i: make_shards(clips, *parts, (i, 3)), range(3))) == [{}, {}, {}]
+    assert not (tmp_path / "parts/dataset.json").exists()
+    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.tar")}
+    assert make_shards(clips, *parts) == whole and [row["key"] for row in whole["left_out"]] == ["bad"]
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+    assert made == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.tar")}  # joining made none again
+
+
 def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video" * 100)
@@ -66,21 +86,150 @@ def test_other_options_in_the_same_folder_are_refused(shards):
         make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), shards, Options(crf=30, per_shard=10), {"name": "synthetic"})
 
 
-def test_an_altered_shard_is_noticed(shards, tmp_path):
+@pytest.fixture
+def copied(shards, tmp_path) -> Path:
+    """The corpus's dev and test splits, to be spoilt."""
     for path in shards.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    shard = tmp_path / "dev-000000.tar"
-    content = bytearray(shard.read_bytes())
-    content[Shards(tmp_path, "dev").index["video_offset"][0] + 500] ^= 1
-    shard.write_bytes(content)
-    dev = Shards(tmp_path, "dev")
+        if not path.name.startswith("train"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    dataset = json.loads((tmp_path / "dataset.json").read_text())
+    del dataset["splits"]["train"]
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
+    return tmp_path
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_altered_shard_is_noticed(copied):
+    shard = copied / "dev-000000.tar"
+    flip(shard, Shards(copied, "dev").index["video_offset"][0] + 500)
+    dev = Shards(copied, "dev")
     with pytest.raises(BadSample, match="altered"):
         dev.read(0)
+    assert dev.read(1)
     shard.unlink()
     with pytest.raises(BadSample, match="No such file"):
         dev.read(1)
-    with pytest.raises(UserError, match="is missing"):
-        Shards(tmp_path, "dev")
+
+
+def spoil(folder: Path, what: str) -> None:
+    shard, index = folder / "dev-000000.tar", folder / "dev.index.safetensors"
+    match what:
+        case "missing shard":
+            shard.unlink()
+        case "short shard":
+            os.truncate(shard, shard.stat().st_size - 1)
+        case "long shard":
+            shard.write_bytes(shard.read_bytes() + b"\0")
+        case "missing index":
+            index.unlink()
+        case "short index":
+            os.truncate(index, index.stat().st_size // 2)
+        case "index of another split":
+            index.write_bytes((folder / "test.index.safetensors").read_bytes())
+        case "no index":
+            index.write_text("{}")
+        case "missing dataset.json":
+            (folder / "dataset.json").unlink()
+        case "no dataset.json":
+            (folder / "dataset.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    "what,said",
+    [
+        ("missing shard", r"dev-000000.tar is missing: make it again"),
+        ("short shard", r"dev-000000.tar is cut short or altered: make it again"),
+        ("long shard", r"dev-000000.tar is cut short or altered: make it again"),
+        ("missing index", r"dev.index.safetensors is no index of shards .*No such file"),
+        ("short index", r"dev.index.safetensors is no index of shards"),
+        ("index of another split", r"dev.index.safetensors has 7 samples, dataset.json says 8"),
+        ("no index", r"dev.index.safetensors is no index of shards"),
+        ("missing dataset.json", r"holds no finished shards"),
+        ("no dataset.json", r"dataset.json cannot be read"),
+    ],
+)
+def test_shards_that_are_not_whole_are_refused_in_one_line_when_they_are_opened(copied, what, said):
+    spoil(copied, what)
+    with pytest.raises(UserError, match=said) as caught:
+        Shards(copied, "dev")
+    assert "\n" not in str(caught.value)
+
+
+def rewrite(shard: Path, change) -> None:
+    """Writes a tar anew, member by member, each through `change(tar, number, member, content)`, in the size it had."""
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    size = shard.stat().st_size
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, (member, content) in enumerate(members):
+            change(tar, number, member, content)
+    shard.write_bytes(shard.read_bytes()[:size].ljust(size, b"\0"))
+
+
+def alter(folder: Path, what: str) -> None:
+    """Things that are there when the shards are opened, and only come out when they are read."""
+    shard = folder / "dev-000000.tar"
+    last = 15  # of 8 samples' files
+
+    def change(tar, number, member, content):
+        if what == "renamed member" and number == 1:
+            member.name = "../" + member.name
+        if what == "member is a link" and number == last:  # over the same bytes, which the tar then holds as padding
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(member, io.BytesIO(content))
+        if what == "extra member" and number == last:
+            tar.addfile(tarfile.TarInfo("extra.json"))
+
+    match what:
+        case "flipped byte":
+            flip(shard, int(Shards(folder, "dev").index["video_offset"][3]) + 500)
+        case "no tar":
+            flip(shard, 3)
+        case _:
+            rewrite(shard, change)
+
+
+@pytest.mark.parametrize(
+    "what,said",
+    [
+        ("flipped byte", ["sample 3 is not what the index says"]),
+        ("renamed member", ["member 1 is not the file the index says: the tar was changed"]),
+        ("extra member", ["member 16 is not the file the index says: the tar was changed"]),
+        ("member is a link", ["member 15 is not the file the index says: the tar was changed"]),
+        ("no tar", ["no readable tar"]),
+    ],
+)
+def test_verify_finds_what_is_wrong(copied, what, said):
+    alter(copied, what)
+    lines = list(verify(copied, ["dev"], 1))
+    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines)), lines
+
+
+def test_verify_finds_frames_that_are_not_those_of_the_index(copied):
+    """Of a data set whose maker was wrong: every checksum fits."""
+    path = copied / "dev.index.safetensors"
+    rows = load_file(path)
+    rows["frames"][2] += 1
+    save_file(rows, path)
+    (line,) = verify(copied, ["dev"], 1)
+    assert "dev-000002 has" in line and "by the index" in line
+
+
+def test_verify_is_a_command_with_exit_codes(copied):
+    command = [sys.executable, TOOL, "verify", copied]
+    good = subprocess.run([*command, "--split=test"], capture_output=True, text=True)
+    assert (good.returncode, good.stdout) == (0, "all samples are as the index says\n")
+    flip(copied / "dev-000000.tar", int(Shards(copied, "dev").index["json_offset"][0]))
+    bad = subprocess.run(command, capture_output=True, text=True)
+    assert bad.returncode == 1 and "sample 0 is not what the index says" in bad.stdout and bad.stdout.endswith("1 problems\n")
+    spoil(copied, "missing shard")
+    gone = subprocess.run(command, capture_output=True, text=True)
+    assert gone.returncode == 2 and gone.stderr.count("\n") == 1 and "dev-000000.tar is missing" in gone.stderr
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 38, 97, 200])
