@@ -111,7 +111,7 @@ def test_the_same_frames_for_any_number_of_workers_and_any_batch(clips):
     for number in (1, 2):
         assert_equal(batches(other, Letters(), groups(other), number), alone)
     whole = np.concatenate([b.frames for b in alone])
-    reshuffled = [b for n in reversed(range(len(train.used))) for b in [train.batch([(0, n)])]]
+    reshuffled = [b for n in reversed(range(len(train.used))) for b in [train.batch(Letters(), [(0, n)])]]
     assert np.array_equal(whole, np.concatenate([b.frames for b in reversed(reshuffled)]))
     assert not np.array_equal(whole, np.concatenate([b.frames for b in batches(train, Letters(), groups(train, epoch=1), 0)]))
 
