@@ -1,4 +1,4 @@
-# make install | make demo | make test | make lint
+# make install | make demo | make test | make lint | make fuzz
 PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 
@@ -19,4 +19,7 @@ lint: install
 test: install
 	.venv/bin/python -m pytest
 
-.PHONY: install demo lint test
+fuzz: install
+	.venv/bin/python tests/fuzz.py
+
+.PHONY: install demo lint test fuzz
