@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from zlib import crc32
 
-import av
 import cv2
 import numpy as np
 
 from flallm import video
+from flallm.corpora import BROKEN
 from flallm.shards import BadSample, Shards
 
 _shards: Shards
@@ -42,7 +42,7 @@ def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np
         frames = video.decode(source, resize, stride, max_frames, meta["num_frames"])
         if len(frames) != len(out):
             raise BadSample(f"has {len(frames)} frames to use, {len(out)} by the index")
-    except (BadSample, ValueError, OSError, av.FFmpegError) as error:
+    except (BadSample, *BROKEN) as error:
         return key, "", str(error) or type(error).__name__
     if epoch is None:
         out[:] = video.centre_crop(frames, crop)

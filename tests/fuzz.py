@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from flallm import UserError, decoder, video
-from flallm.corpora import Clip, LeftOut, VideoFile, csl_daily, how2sign, labels, manifest, phoenix14t, synthetic
+from flallm.corpora import BROKEN, Clip, LeftOut, VideoFile, csl_daily, how2sign, labels, manifest, phoenix14t, synthetic
 from flallm.encode import Options, _encode_or_cause, encode
 from flallm.shards import COLUMNS, Shards, checksum, make_shards
 from flallm.verify import _verify_shard
@@ -299,7 +299,7 @@ def media(good: Path, folder: Path, rng: random.Random) -> Counter:
     json.dumps(meta, ensure_ascii=False).encode()
     try:
         frames = video.decode(clip, 36, 4, 300, meta["num_frames"])
-    except (ValueError, OSError, av.FFmpegError) as error:
+    except BROKEN as error:
         one_line(str(error))
         return Counter({"cause, found by the loader": 1})
     assert np.array_equal(frames, video.decode(clip, 36, 4, 300)), "the loader's short way gives other frames"
@@ -350,7 +350,7 @@ def table(good: Path, folder: Path, rng: random.Random) -> Counter:
         try:
             count = sum(1 for _ in row.media.frames()[1])
             found["right" if count else "cause"] += 1
-        except (OSError, ValueError, av.FFmpegError) as error:
+        except BROKEN as error:
             str(error).encode()
             found["cause"] += 1
     if name.startswith(("how2sign", "phoenix")):
