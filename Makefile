@@ -1,4 +1,4 @@
-# make install | make demo | make test | make faults | make lint
+# make install | make demo | make test | make faults | make fuzz | make lint
 PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 
@@ -22,4 +22,7 @@ test: install
 faults: install
 	PYTHONPATH=tests .venv/bin/python tests/faults.py
 
-.PHONY: install demo faults lint test
+fuzz: install
+	.venv/bin/python tests/fuzz.py
+
+.PHONY: install demo faults fuzz lint test

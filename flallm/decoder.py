@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from zlib import crc32
 
-import av
 import cv2
 import numpy as np
 
 from flallm import video
+from flallm.corpora import BROKEN
 from flallm.shards import BadSample, Shards
 
 _shards: Shards
@@ -19,6 +20,7 @@ _options: tuple
 def start(folder: str, split: str, cache: str, cache_gib: float, options: tuple) -> None:
     """Opens the split once a process. options: (resize, crop, stride, max_frames, augment, seed)."""
     global _shards, _options
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm tells all processes of a step what is meant for the trainer
     os.nice(10)  # decoding fills the gaps that training leaves, and does not make ranks wait for each other
     cv2.setNumThreads(1)
     _shards, _options = Shards(folder, split, cache, cache_gib), options
@@ -42,7 +44,7 @@ def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np
         frames = video.decode(source, resize, stride, max_frames, meta["num_frames"])
         if len(frames) != len(out):
             raise BadSample(f"has {len(frames)} frames to use, {len(out)} by the index")
-    except (BadSample, ValueError, OSError, av.FFmpegError) as error:
+    except (BadSample, *BROKEN) as error:
         return key, "", str(error) or type(error).__name__
     if epoch is None:
         out[:] = video.centre_crop(frames, crop)

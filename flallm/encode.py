@@ -13,7 +13,7 @@ import av
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from flallm.corpora import Clip, VideoFile, open_video
+from flallm.corpora import BROKEN, Clip, VideoFile, open_video
 from flallm.video import FRAME_STEP, MARK
 from flallm.workers import Lost, Workers
 
@@ -39,7 +39,7 @@ class Options:
 
 
 def encode(clip: Clip, options: Options) -> tuple[bytes, dict]:
-    """The clip as (mp4 bytes, the sample's JSON). Raises OSError, ValueError or av.FFmpegError for one that cannot be read."""
+    """The clip as (mp4 bytes, the sample's JSON). Raises one of `BROKEN` for one that cannot be read."""
     video = _fitting_file(clip.media, options) or _encode_frames(clip.media, options)
     with open_video(video) as container:
         stream = container.streams.video[0]
@@ -73,7 +73,7 @@ def _result(result: Callable) -> tuple[bytes, dict] | str:
 def _encode_or_cause(clip: Clip, options: Options) -> tuple[bytes, dict] | str:
     try:
         return encode(clip, options)
-    except (OSError, ValueError, av.FFmpegError) as error:
+    except BROKEN as error:
         return f"cannot be decoded: {error}"
 
 

@@ -66,10 +66,12 @@ def make_shards(
     made_from = {"format": FORMAT, "corpus": corpus, "options": asdict(options), "source_sha256": rows.hexdigest()}
     begun = out / "dataset.json.part"
     for file in (out / "dataset.json", begun):
-        if file.exists() and {k: json.loads(file.read_text()).get(k) for k in made_from} != made_from:
-            raise UserError(f"{out} holds shards made of other clips or with other options: remove it or name another folder")
-    if (out / "dataset.json").exists():
-        return json.loads((out / "dataset.json").read_text())
+        if file.exists():
+            made = _read_made(file)
+            if {k: made.get(k) for k in made_from} != made_from:
+                raise UserError(f"{out} holds shards made of other clips or with other options: remove it or name another folder")
+            if file != begun:
+                return made
     out.mkdir(parents=True, exist_ok=True)
     _replace(begun, json.dumps(made_from))
 
@@ -86,6 +88,17 @@ def make_shards(
         for path, members in missing:
             _write_shard(path, members, (result for result in encoded if not bar.update()))
     return {} if part != (0, 1) else _join(out, shards, {**made_from, "left_out": left_out})
+
+
+def _read_made(file: Path) -> dict:
+    """`dataset.json` or the beginnings of one."""
+    try:
+        made = json.loads(file.read_bytes())
+        if not isinstance(made, dict):
+            raise ValueError("it is no JSON object")
+        return made
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({error}): remove it or name another folder") from None
 
 
 def _row(clip: Clip) -> list:
@@ -105,8 +118,11 @@ def _join(out: Path, shards: list[tuple[Path, list[Clip]]], dataset: dict) -> di
     kept, columns, dataset["splits"] = hashlib.sha256(), {}, {}
     for path, members in shards:
         rows, notes = _read_rows(path.with_suffix(".rows"))
-        kept.update(notes["kept_sha256"].encode())
-        dataset["left_out"] += json.loads(notes["left_out"])
+        try:
+            kept.update(notes["kept_sha256"].encode())
+            dataset["left_out"] += json.loads(notes["left_out"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path.with_suffix('.rows')} is altered ({error!r}): remove it and {path}, and make them again") from None
         columns.setdefault(members[0].split, []).append(rows)
     for split, parts in columns.items():
         index = {name: np.concatenate([rows[name] for rows in parts]) for name in COLUMNS}
@@ -188,7 +204,7 @@ def _read_dataset(store: Store, folder: str) -> dict[str, dict]:
         return splits
     except FileNotFoundError:
         raise UserError(f"{folder} holds no finished shards (no dataset.json): make them with tools/make_shards.py") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/dataset.json cannot be read ({error}): make the shards again with tools/make_shards.py") from None
 
 
@@ -211,6 +227,9 @@ class Shards:
         self.shard_bytes, self.index = splits[split]["shard_bytes"], self._read_index()
         if len(self) != splits[split]["clips"]:
             raise UserError(f"{folder}/{split}.index.safetensors has {len(self)} samples, dataset.json says {splits[split]['clips']}: make the shards again")
+        shards, frames, texts = (self.index[column] for column in ("shard", "frames", "text_length"))
+        if not np.all((shards >= 0) & (shards < len(self.shard_bytes)) & (frames > 0) & (texts >= 0)):
+            raise UserError(f"{folder}/{split}.index.safetensors says the impossible: it is altered: make the shards again with tools/make_shards.py")
         if self.store.local:
             for number, size in enumerate(self.shard_bytes):
                 path = Path(self.folder, self._shard(number))
@@ -253,6 +272,9 @@ class Shards:
             said = json.loads(meta)
             if not all(isinstance(said[field], kind) for field, kind in (("key", str), ("text", str), ("num_frames", int))):
                 raise ValueError("a field has a wrong type")
-        except (ValueError, KeyError, TypeError) as error:
+            (said["key"] + said["text"]).encode()  # half a character can be neither printed nor translated
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadSample(f"{self.folder}/{name}: the JSON of sample {i} is none of ours: {error}") from None
+        if said["num_frames"] != row["frames"]:
+            raise BadSample(f"{self.folder}/{name}: sample {i} has {said['num_frames']} frames by its JSON, {row['frames']} by the index")
         return video, said

@@ -28,9 +28,8 @@ class Augment:
 
 def positions(num_frames: int, stride: int, max_frames: int) -> np.ndarray:
     """Which frames of a clip are used: every `stride`-th; of a clip over `max_frames`, as many as that leaves, evenly spread."""
-    kept = np.arange(0, num_frames, stride)
-    limit = -(-max_frames // stride)
-    return kept if len(kept) <= limit else kept[np.linspace(0, len(kept) - 1, limit).round().astype(int)]
+    kept, limit = -(-num_frames // stride), -(-max_frames // stride)
+    return stride * (np.arange(kept) if kept <= limit else np.linspace(0, kept - 1, limit).round().astype(int))
 
 
 def used_frames(num_frames: np.ndarray, stride: int, max_frames: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from flallm import loader, video
 from flallm.config import Data
 from flallm.corpora import Clip, VideoFile
 from flallm.encode import Options, encode
-from flallm.loader import Clips, batches
+from flallm.loader import Batch, Clips
 from flallm.plan import Plan, training_groups
 
 
@@ -35,6 +36,10 @@ def clips(shards):
         return Clips(split, Data(**{"shards": str(shards), "resize": 36, "crop": 32, **data}), 0)
 
     return make
+
+
+def batches(clips: Clips, groups: Iterable, workers: int) -> Iterator[Batch]:
+    return loader.batches(clips, groups, workers)
 
 
 def groups(clips: Clips, size: int = 4, epoch: int | None = 0) -> list:
@@ -111,8 +116,8 @@ def test_the_same_frames_for_any_number_of_workers_and_any_batch(clips):
     for number in (1, 2):
         assert_equal(batches(other, Letters(), groups(other), number), alone)
     whole = np.concatenate([b.frames for b in alone])
-    reshuffled = [b for n in reversed(range(len(train.used))) for b in [train.batch(Letters(), [(0, n)])]]
-    assert np.array_equal(whole, np.concatenate([b.frames for b in reversed(reshuffled)]))
+    backwards = list(batches(train, Letters(), [[(0, n)] for n in reversed(range(len(train.used)))], 0))
+    assert np.array_equal(whole, np.concatenate([b.frames for b in reversed(backwards)]))
     assert not np.array_equal(whole, np.concatenate([b.frames for b in batches(train, Letters(), groups(train, epoch=1), 0)]))
 
 

@@ -217,7 +217,7 @@ def test_verify_finds_frames_that_are_not_those_of_the_index(copied):
     rows["frames"][2] += 1
     save_file(rows, path)
     (line,) = verify(copied, ["dev"], 1)
-    assert "dev-000002 has" in line and "by the index" in line
+    assert "sample 2 has" in line and "by the index" in line
 
 
 def test_verify_is_a_command_with_exit_codes(copied):

@@ -1,7 +1,7 @@
 """One module a data set: what lies on disk -> `Clip`s, and a `LeftOut` for each row that gives none.
 
 Pixels are only touched when a clip is encoded (`shards.py`), so nothing here is lost to a codec: a clip that does not
-decode raises OSError, ValueError or av.FFmpegError there.
+decode raises one of `BROKEN` there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from flallm import UserError
 # What a demuxer reads from the one file it is given: no playlists and scripts, which name other files and addresses.
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,mxf,nut,dv,ivf,obu,h264,hevc,m4v,mjpeg,yuv4mpegpipe,gif,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe"
 MAX_PIXELS = 8192 * 8192  # of a frame: twice those of 8K; more is a broken or hostile header
+BROKEN = (OSError, ValueError, IndexError, av.FFmpegError)  # of a video that cannot be read; IndexError where a stream begins in mid-file
 MISSING = "its video or folder of images does not exist"
 
 
@@ -174,7 +175,7 @@ class VideoFile:
                 else:  # a Matroska file cut short ends like a whole one; its header knows better
                     if 0 < time < min(stated - 1, 0.9 * stated):
                         raise ValueError(f"breaks after {count} frames, at {time:.2f} of {stated:.2f} seconds")
-        except av.FFmpegError as error:
+        except (av.FFmpegError, IndexError) as error:
             raise ValueError(f"breaks after {count} frames: {error}" if count else f"no frame decodes: {error}") from None
         if not count:
             raise ValueError(f"no frame begins in this part of it; the last one begins at {time:.2f} s" if cut and time else "holds no frame")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import av
 
-from flallm.corpora import MISSING, Clip, LeftOut, VideoFile, clip, existing, found, open_video, read_table
+from flallm.corpora import BROKEN, MISSING, Clip, LeftOut, VideoFile, clip, existing, found, open_video, read_table
 
 HEADER = ["VIDEO_ID", "VIDEO_NAME", "SENTENCE_ID", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE"]
 SPLITS = {"train": "train", "val": "dev", "test": "test"}
@@ -65,5 +65,5 @@ def _length(path: str) -> float:
         with open_video(path) as container:
             stream = container.streams.video[0]
             return float(stream.duration * stream.time_base) if stream.duration else (container.duration or math.inf) / av.time_base
-    except (OSError, ValueError, av.FFmpegError):
+    except BROKEN:
         return math.inf
