@@ -9,10 +9,11 @@ from concurrent.futures import TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import count
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
 HANGS, DEATHS = 2, 3  # after so many a task is given up: what stalled or killed it from outside spares the next try
 STARTS = 9  # pools in a row that die before they have done anything; then it is not the tasks that are at fault
+CONSTS.channel_lock_timeout = 10  # seconds, of 60: a worker killed with the lock in hand stops the others for twice as long
 
 
 class Lost(Exception):
@@ -25,7 +26,7 @@ class Workers:
     def __init__(self, processes: int, module: str, initializer: Callable | None = None, initargs: tuple = ()):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module])
-        self._new_pool = lambda: ProcessPool(processes, initializer=initializer, initargs=initargs, context=context)
+        self._new_pool = lambda: ProcessPool(processes, initializer=_begin, initargs=(initializer, initargs), context=context)
         self._pool, self._broken = self._new_pool(), 0
 
     def __enter__(self) -> Workers:
@@ -73,6 +74,12 @@ def _wait(pool: ProcessPool, future: ProcessFuture):
         if not pool.active:  # it does not always tell those who wait
             raise BrokenProcessPool
     return future.result()
+
+
+def _begin(initializer: Callable | None, initargs: tuple) -> None:
+    """What every process begins with; here, so that it has imported this module and what is set above."""
+    if initializer:
+        initializer(*initargs)
 
 
 def _run(function: Callable, args: tuple, timeout: float):
