@@ -39,7 +39,7 @@ def clips(shards):
 
 
 def batches(clips: Clips, groups: Iterable, workers: int) -> Iterator[Batch]:
-    return loader.batches(clips, groups, workers)
+    return loader.batches(clips, Letters(), groups, workers)
 
 
 def groups(clips: Clips, size: int = 4, epoch: int | None = 0) -> list:
@@ -112,13 +112,13 @@ def test_used_frames_are_every_fourth_frame_of_streams_that_others_encode(tmp_pa
 
 def test_the_same_frames_for_any_number_of_workers_and_any_batch(clips):
     train = clips()
-    alone, other = list(batches(train, Letters(), groups(train), 0)), clips()
+    alone, other = list(batches(train, groups(train), 0)), clips()
     for number in (1, 2):
-        assert_equal(batches(other, Letters(), groups(other), number), alone)
+        assert_equal(batches(other, groups(other), number), alone)
     whole = np.concatenate([b.frames for b in alone])
-    backwards = list(batches(train, Letters(), [[(0, n)] for n in reversed(range(len(train.used)))], 0))
+    backwards = list(batches(train, [[(0, n)] for n in reversed(range(len(train.used)))], 0))
     assert np.array_equal(whole, np.concatenate([b.frames for b in reversed(backwards)]))
-    assert not np.array_equal(whole, np.concatenate([b.frames for b in batches(train, Letters(), groups(train, epoch=1), 0)]))
+    assert not np.array_equal(whole, np.concatenate([b.frames for b in batches(train, groups(train, epoch=1), 0)]))
 
 
 def test_killed_workers_lose_nothing(clips):
@@ -126,7 +126,7 @@ def test_killed_workers_lose_nothing(clips):
     train = clips(prefetch_mib=1)
     epochs = [group for epoch in range(6) for group in groups(train, 3, epoch)]
     came, rng, killed = [], random.Random(0), 0
-    for number, batch in enumerate(batches(train, Letters(), epochs, 2)):
+    for number, batch in enumerate(batches(train, epochs, 2)):
         came.append(batch)
         if number % 3 == 0 and (alive := sorted(workers_of(os.getpid()))):
             time.sleep(rng.choice((0, 0.01, 0.3)))
@@ -134,15 +134,15 @@ def test_killed_workers_lose_nothing(clips):
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
     assert killed > 5
-    assert_equal(came, batches(train, Letters(), epochs, 0))
+    assert_equal(came, batches(train, epochs, 0))
 
 
 def test_a_clip_that_crashes_or_hangs_its_worker_is_left_out_and_named(clips, monkeypatch):
     dev = clips("dev")
-    whole = list(batches(dev, Letters(), groups(dev, 1), 0))
+    whole = list(batches(dev, groups(dev, 1), 0))
     monkeypatch.setattr(loader, "decoder", hostile_decoder)
     monkeypatch.setattr(loader, "TIMEOUT", 1)
-    came = list(batches(dev, Letters(), groups(dev, 1), 2))
+    came = list(batches(dev, groups(dev, 1), 2))
     bad = [(n, row) for n, batch in enumerate(came) for row in batch.bad]
     assert bad == [
         (hostile_decoder.CRASHES, {"key": "dev sample 1", "cause": "cannot be decoded: its worker process died (exit code -11)"}),
@@ -170,7 +170,7 @@ def test_what_is_decoded_ahead_is_bounded_and_given_back(clips):
     assert sum(sizes) > 10 * 2**20
     gc.collect()
     held, before, came = [], memory_ahead(), []
-    for batch in batches(train, Letters(), groups(train), 1):
+    for batch in batches(train, groups(train), 1):
         held.append(memory_ahead() - before)
         came += batch.keys
     assert came == [train.shards.read(n)[1]["key"] for n in range(len(train.used))]
@@ -178,7 +178,7 @@ def test_what_is_decoded_ahead_is_bounded_and_given_back(clips):
     del batch
     assert memory_ahead() == before
     roomy = clips(prefetch_mib=2)  # at this size all batches fit
-    iterator = batches(roomy, Letters(), groups(roomy), 1)
+    iterator = batches(roomy, groups(roomy), 1)
     next(iterator)
     assert memory_ahead() > before
     iterator.close()
@@ -187,7 +187,7 @@ def test_what_is_decoded_ahead_is_bounded_and_given_back(clips):
 
 def rank_keys(rank: int, clips: Clips, plan: Plan, out) -> None:
     steps = plan.steps(0)
-    found = batches(clips, Letters(), training_groups(plan, rank, steps, 2 * steps), 1)  # of the second epoch
+    found = batches(clips, training_groups(plan, rank, steps, 2 * steps), 1)  # of the second epoch
     out.put((rank, [batch.keys for batch in found]))
 
 
@@ -208,14 +208,14 @@ def test_four_ranks_see_disjoint_clips_and_together_all(clips):
 
 def endless_loader(clips: Clips, out) -> None:
     loader.decoder, loader.TIMEOUT = hostile_decoder, 5
-    for _ in batches(clips, Letters(), ([(epoch, n)] for epoch in range(10**6) for n in (0, 2, 3, hostile_decoder.HANGS)), 2):
+    for _ in batches(clips, ([(epoch, n)] for epoch in range(10**6) for n in (0, 2, 3, hostile_decoder.HANGS)), 2):
         out.put(True)
 
 
 def test_no_process_outlives_the_loader(clips):
     dev = clips("dev")
     before = workers_of(os.getpid())
-    iterator = batches(dev, Letters(), groups(dev, 1), 2)
+    iterator = batches(dev, groups(dev, 1), 2)
     next(iterator)
     assert workers_of(os.getpid()) - before
     iterator.close()
