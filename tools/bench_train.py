@@ -8,6 +8,7 @@ divided, so that whatever else the machine does falls on both.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -144,7 +145,8 @@ def steps_of_runs(out: Path) -> None:
     for turn in range(3):
         for every in seconds:
             run = out / f"run-{every}-{turn}"
-            train(load(out, train__steps=102, train__log_every=1, train__dev_every=102, checkpoint__every=every), run, ranks)
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for figures
+                train(load(out, train__steps=102, train__log_every=1, train__dev_every=102, checkpoint__every=every), run, ranks)
             if ranks.first:
                 rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
                 at = {r["step"]: r["seconds"] for r in rows if "loss" in r}
@@ -169,7 +171,8 @@ def train_rss_growth(out: Path) -> None:
 
 
 def _train(config: cfg.Config, run: Path) -> None:
-    train(config, run, engine.join())
+    with contextlib.redirect_stdout(sys.stderr):
+        train(config, run, engine.join())
 
 
 def resident(run: Path, step: int, processes: list[int]) -> int:
@@ -218,8 +221,8 @@ def main(names: list[str]) -> None:
 
 
 def make_llm(out: Path) -> None:
-    sys.stdout = sys.stderr
-    pretrain([text for _, text in synthetic.sentences("text", 3000)], out / "llm", layers=1, width=48, heads=2, steps=2)
+    with contextlib.redirect_stdout(sys.stderr):
+        pretrain([text for _, text in synthetic.sentences("text", 3000)], out / "llm", layers=1, width=48, heads=2, steps=2)
 
 
 if __name__ == "__main__":
