@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from zlib import crc32
@@ -84,6 +85,7 @@ class Clips(Dataset):
 
 
 def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the trainer, which still needs batches to end a step; a worker ends with it
     os.nice(10)  # decoding fills the gaps that training leaves, and does not make ranks wait for each other
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -91,16 +93,15 @@ def _start_worker(_: int) -> None:
 
 def batches(clips: Clips, groups: Iterable[list[tuple[int | None, int]]], workers: int) -> Iterator[Batch]:
     """A batch for each group of clips, in order, decoded ahead by `workers` processes (0: here)."""
-    return iter(
-        DataLoader(
-            clips,
-            batch_sampler=groups,
-            num_workers=workers,
-            collate_fn=clips.collate,
-            prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-        )
+    yield from DataLoader(
+        clips,
+        batch_sampler=groups,
+        num_workers=workers,
+        collate_fn=clips.collate,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else it draws from the one that dropout draws from
     )
 
 
