@@ -156,7 +156,8 @@ def _remove_old(folder: Path, keep: Checkpoint) -> None:
     kept |= {path for *_, path in sorted(scored)[-keep.best :]}
     for _, path in found:
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            gone = path.rename(folder / f".{path.name}.part")  # what is left of it after a kill looks like no checkpoint
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def rank_tensors(engine, ranks: Ranks) -> dict[str, torch.Tensor]:

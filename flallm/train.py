@@ -53,11 +53,11 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     elif config.stage == "stage2":
         take_encoder(model, config, stage1)
     total = config.train.steps or plan.total(config.train.epochs)
-    with checkpoint.lock(run, ranks), engines.Asked() as asked:
+    with checkpoint.lock(run, ranks), engines.Asked() as asked, contextlib.ExitStack() as leaving:
         engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
         torch.manual_seed(config.seed * 1000 + ranks.rank + 1)  # … and drop out different units
         first = found[1]["step"] if found else 0
-        loader = batches(clips, text, training_groups(plan, ranks.rank, first, total), config.data.workers)
+        loader = leaving.enter_context(contextlib.closing(batches(clips, text, training_groups(plan, ranks.rank, first, total), config.data.workers)))
         state = checkpoint.restore(*found, engine, ranks, config.seed) if found else State()
         log = Log(config, run, ranks, total, text, model, state)
         writer = Writer(run, ranks, config.checkpoint, {"data": data, "config": cfg.flat(config), "environment": environment(ranks)})
@@ -77,7 +77,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             try:
                 if dev is not None or stop or due or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
                     writer.save(engine, log.up_to_now(), dev)
-                if written == ranks.world_size:
+                elif written == ranks.world_size:
                     writer.settle()
                 if stop or state.step == total:
                     writer.close()

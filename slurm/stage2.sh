@@ -15,6 +15,7 @@
 #
 # Everything after the script goes to `flallm stage2`.
 set -euo pipefail
-slurm=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=\([^ ]*\).*/\1/p")  # this script: what runs is a copy of it
+# This script's own path: what runs is a copy. An array's tasks answer all, with the same.
+slurm=$(scontrol show job "$SLURM_JOB_ID" | awk '$1 ~ /^Command=/ && !seen++ { sub("Command=", "", $1); print $1 }')
 . "${slurm%/*}/run.sh"
 flallm_on_all_ranks stage2 "$@"

@@ -119,7 +119,7 @@ class Cluster:
         words = self.ask("scontrol", "-o", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for_job(self, number: str, seconds: float = 300) -> dict[str, str]:
+    def wait_for_job(self, number: str, seconds: float = 900) -> dict[str, str]:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_for(lambda: self.job(number)["JobState"] in ended, f"job {number}", seconds)
         return self.job(number)

@@ -137,7 +137,7 @@ def lab(shards, llm, tmp_path_factory):
         faults.disk_full,
         faults.not_finite,
         faults.one_rank_signalled,
-        faults.other_world_sizes,
+        lambda lab: faults.other_world_sizes(lab, ("stage2",)),
         faults.two_runs_in_one_folder,
     ],
     ids=["all killed", "one killed", "one throws", "killed while saving", "disk full", "not finite", "SIGTERM to one", "other world sizes", "two runs"],

@@ -23,10 +23,11 @@ import torch.distributed as dist
 from flallm import config as cfg
 from flallm import engine
 from flallm.corpora import synthetic
+from flallm.encode import Options
 from flallm.loader import Batch
 from flallm.model.translator import Translator
 from flallm.pretrain import pretrain
-from flallm.shards import Options, make_shards
+from flallm.shards import make_shards
 from flallm.text import Text
 from flallm.train import train
 
