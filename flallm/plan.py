@@ -29,15 +29,25 @@ class Plan:
     frames: (clips,) used frames of each clip; texts: (clips,) characters of its text.
     batch: the largest number of clips a step, over all ranks and micro-batches; batch_frames: the same for frames, 0 for no
     limit. It bounds memory: a rank's micro-batch has about batch_frames / (world_size * micro_batches) of them.
-    text_cost: what a character costs in frames.
+    text_cost: what a character costs in frames. alike: whether a rank gets texts of about one length,
+    which is not to be where BatchNorm's statistics are each rank's own: one would know short sentences only, another long ones.
     """
 
     def __init__(
-        self, frames: np.ndarray, texts: np.ndarray, batch: int, micro_batches: int, world_size: int, seed: int, batch_frames: int = 0, text_cost: float = 0.0
+        self,
+        frames: np.ndarray,
+        texts: np.ndarray,
+        batch: int,
+        micro_batches: int,
+        world_size: int,
+        seed: int,
+        batch_frames: int = 0,
+        text_cost: float = 0.0,
+        alike: bool = True,
     ):
         self.frames, self.texts = frames, texts
         self.batch, self.micro_batches, self.world_size, self.seed = batch, micro_batches, world_size, seed
-        self.batch_frames, self.text_cost = batch_frames, text_cost
+        self.batch_frames, self.text_cost, self.alike = batch_frames, text_cost, alike
         self._islands = -(-world_size // ISLAND)
         self._island = np.arange(world_size) * self._islands // world_size  # of each rank
         place = np.arange(world_size) * self._islands % world_size  # islands take turns, forth and back, so that none is ahead
@@ -107,7 +117,10 @@ class Plan:
         clips = longest_first[np.resize(self._deal, len(longest_first)) == island]
         texts = self.texts[clips].astype(np.float64)
         ranks = int((self._island == island).sum())
-        return [clips[group] for group in share(self.frames[clips] + self.text_cost * texts, texts, ranks)]
+        costs = self.frames[clips] + self.text_cost * texts
+        if not self.alike:  # ranks take turns instead, forth and back
+            texts = np.abs(np.arange(len(clips)) % (2 * ranks) - ranks + 0.5)
+        return [clips[group] for group in share(costs, texts, ranks)]
 
 
 def share(costs: np.ndarray, texts: np.ndarray, groups: int) -> list[np.ndarray]:

@@ -36,6 +36,8 @@ FREE = (
     "train.log_every", "train.dev_every", "train.dev_clips", "train.max_skipped", "train.timeout",
 )  # fmt: skip
 
+STRAGGLES = 1.25  # times the mean of all ranks' seconds a step, from which on a rank is named
+
 
 def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -> None:
     """Trains a run into its folder, from its newest good checkpoint if it has one: the same command goes on where it ended.
@@ -111,7 +113,8 @@ def give_up(writer: Writer, log: Log, why: str) -> None:
 
 def make_plan(config: Config, clips: Clips, world_size: int) -> Plan:
     texts, train = clips.shards.index["text_length"], config.train
-    return Plan(clips.used, texts, train.batch, train.micro_batches, world_size, config.seed, train.batch_frames, TEXT_COST[config.stage])
+    alike = config.encoder.global_batch_norm or config.stage == "stage2"  # frozen there
+    return Plan(clips.used, texts, train.batch, train.micro_batches, world_size, config.seed, train.batch_frames, TEXT_COST[config.stage], alike)
 
 
 def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None:
@@ -216,12 +219,12 @@ class Log:
         self.state.sums, self.timers = dict.fromkeys(self.state.sums, 0.0), dict.fromkeys(self.timers, 0.0)
         self.last = now
         self._write(values)
-        slowest = max(range(len(each)), key=each.__getitem__)
+        slowest, mean = max(range(len(each)), key=each.__getitem__), sum(each) / len(each)
         self.say(
             f"step {self.state.step}/{self.total}  loss {values['loss']:.3f}  lr {values['lr_encoder']:.1e}/{values['lr_adapter']:.1e}/{values['lr_language']:.1e}  "
             f"{values['clips_per_s']:.1f} clips/s  waiting for data {values['data_wait_share']:.0%}  {left // 60:.0f}:{left % 60:02.0f} left"
-            + f"  slowest rank {slowest}: {each[slowest] / steps:.2f} s a step, mean {sum(each) / len(each) / steps:.2f}"
-            * (len(each) > 1)
+            + f"  rank {slowest} is slow: {each[slowest] / steps:.2f} s a step, mean {mean / steps:.2f}"
+            * (each[slowest] > STRAGGLES * mean)
         )
 
     def _not_finite(self, done: Step, micro_batches: list) -> None:

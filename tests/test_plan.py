@@ -49,7 +49,7 @@ def test_every_clip_once_and_the_same_global_batches_on_any_number_of_ranks(clip
 
 
 def vars_of(plan: Plan) -> dict:
-    return {name: getattr(plan, name) for name in ("frames", "texts", "batch", "micro_batches", "world_size", "seed", "batch_frames", "text_cost")}
+    return {name: getattr(plan, name) for name in ("frames", "texts", "batch", "micro_batches", "world_size", "seed", "batch_frames", "text_cost", "alike")}
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 2 * ISLAND, 3 * ISLAND + 5])
@@ -67,6 +67,15 @@ def test_work_is_balanced_over_ranks_and_texts_of_a_rank_are_alike(ranks):
         assert np.array_equal(plan.rank_step(0, step, ranks - 1)[0], parts[-1])
     assert np.mean(balance) > 0.97
     assert padded < 0.8 * random
+
+
+def test_ranks_with_statistics_of_their_own_get_clips_of_all_lengths():
+    frames, texts = lengths(2000, 0)
+    plan = Plan(frames, texts, 64, 1, 4, 0, alike=False)
+    for step in range(plan.steps(0)):
+        (parts,) = plan.step(0, step)
+        work, means = [frames[ids].sum() for ids in parts], [frames[ids].mean() for ids in parts]
+        assert np.mean(work) / np.max(work) > 0.95 and np.max(means) < 1.5 * np.min(means)
 
 
 def test_the_clips_of_a_step_are_a_random_sample_of_all_lengths():
