@@ -69,6 +69,7 @@ class Train:
     steps: int | None = None  # instead of epochs
     batch: int = 8  # clips a step over all ranks
     batch_frames: int = 0  # used frames a step over all ranks at most, which bounds memory; 0: no limit
+    pool: int = 1  # steps whose clips are sorted by length together; 2: steps of short clips and steps of long ones
     micro_batches: int = 1  # forward and backward passes a step on each rank
     optimizer: str = "sgd"  # sgd | adamw
     lr_encoder: float = 1e-2
@@ -191,6 +192,7 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         "data.prefetch_mib",
         "train.batch",
         "train.micro_batches",
+        "train.pool",
         "train.log_every",
         "train.max_skipped",
         "checkpoint.last",

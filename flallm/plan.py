@@ -1,7 +1,7 @@
 """Which clips go to which rank in which step: a pure function of (lengths, seed, epoch, step, batch, world size).
 
-Every clip occurs exactly once an epoch. The clips of a step are a random sample of the epoch's, whatever their lengths, and
-they and their micro-batches are the same for any world size; ranks only share them out. So a run can go on with another
+Every clip occurs exactly once an epoch. The clips of a step are a random sample of the epoch's, whatever their lengths (unless `pool` says
+otherwise), and they and their micro-batches are the same for any world size; ranks only share them out. So a run can go on with another
 number of ranks in mid-epoch, its losses stay the same, and no length can be seen in them. Lengths are bucketed inside the
 step instead: each rank gets clips of nearly equal work in all and with texts of about the same length. The steps of an epoch
 differ by at most one clip in size, so there is no small last step in which some ranks would have nothing to do. Only the
@@ -31,6 +31,7 @@ class Plan:
     limit. It bounds memory: a rank's micro-batch has about batch_frames / (world_size * micro_batches) of them.
     text_cost: what a character costs in frames. alike: whether a rank gets texts of about one length,
     which is not to be where BatchNorm's statistics are each rank's own: one would know short sentences only, another long ones.
+    pool: steps whose clips are sorted by length together; 1 leaves them random, 2 makes steps of short clips and steps of long ones.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Plan:
         batch_frames: int = 0,
         text_cost: float = 0.0,
         alike: bool = True,
+        pool: int = 1,
     ):
         self.frames, self.texts = frames, texts
         self.batch, self.micro_batches, self.world_size, self.seed = batch, micro_batches, world_size, seed
-        self.batch_frames, self.text_cost, self.alike = batch_frames, text_cost, alike
+        self.batch_frames, self.text_cost, self.alike, self.pool = batch_frames, text_cost, alike, pool
         self._islands = -(-world_size // ISLAND)
         self._island = np.arange(world_size) * self._islands // world_size  # of each rank
         place = np.arange(world_size) * self._islands % world_size  # islands take turns, forth and back, so that none is ahead
@@ -66,7 +68,7 @@ class Plan:
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch; the same for all epochs unless `batch_frames` says otherwise."""
-        return len(self._order(epoch)[1]) - 1 if self.batch_frames else -(-len(self.frames) // self.batch)
+        return len(self._order(epoch)[2]) if self.batch_frames else -(-len(self.frames) // self.batch)
 
     def total(self, epochs: float) -> int:
         """Steps of so many epochs, a part of one rounded up."""
@@ -81,18 +83,22 @@ class Plan:
             epoch += 1
         return epoch, number
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(the epoch's clips in order, where each of its steps begins, and the end)."""
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(the epoch's clips in order, where each batch of it begins, and the end, the batch of each step)."""
         if self._epoch != epoch:
-            clips = len(self.frames)
-            order, steps = np.random.default_rng([self.seed, epoch]).permutation(clips), -(-clips // self.batch)
-            bounds = np.arange(steps + 1) * clips // max(1, steps)
-            if self.batch_frames:
+            rng, clips = np.random.default_rng([self.seed, epoch]), len(self.frames)
+            order, steps = rng.permutation(clips), -(-clips // self.batch)
+            while True:
+                bounds = np.arange(steps + 1) * clips // max(1, steps)
+                for first in range(0, steps if self.pool > 1 else 0, self.pool):
+                    part = slice(bounds[first], bounds[min(steps, first + self.pool)])
+                    order[part] = order[part][np.argsort(self.frames[order[part]], kind="stable")]
                 ahead = np.concatenate([[0], np.cumsum(self.frames[order], dtype=np.int64)])
-                while (most := int(np.diff(ahead[bounds]).max(initial=0))) > self.batch_frames:
-                    steps = max(steps + 1, steps * most // self.batch_frames)
-                    bounds = np.arange(steps + 1) * clips // steps
-            self._epoch, self._cached = epoch, (order, bounds)
+                most = int(np.diff(ahead[bounds]).max(initial=0))
+                if not self.batch_frames or most <= self.batch_frames:
+                    break
+                steps = max(steps + 1, steps * most // self.batch_frames)
+            self._epoch, self._cached = epoch, (order, bounds, rng.permutation(steps))
         return self._cached
 
     def step(self, epoch: int, step: int) -> list[list[np.ndarray]]:
@@ -106,8 +112,8 @@ class Plan:
         return [self._share(m, island)[place] for m in self._micro_batches(epoch, step)]
 
     def _micro_batches(self, epoch: int, step: int) -> list[np.ndarray]:
-        order, bounds = self._order(epoch)
-        clips = order[bounds[step] : bounds[step + 1]]
+        order, bounds, batches = self._order(epoch)
+        clips = order[bounds[batches[step]] : bounds[batches[step] + 1]]
         longest_first = clips[np.argsort(-self.frames[clips], kind="stable")]
         # Micro-batches of equally many clips and alike in lengths: BatchNorm sees the same in each, on any number of ranks.
         return [longest_first[m :: self.micro_batches] for m in range(self.micro_batches)]

@@ -113,8 +113,11 @@ def give_up(writer: Writer, log: Log, why: str) -> None:
 
 def make_plan(config: Config, clips: Clips, world_size: int) -> Plan:
     texts, train = clips.shards.index["text_length"], config.train
-    alike = config.encoder.global_batch_norm or config.stage == "stage2"  # frozen there
-    return Plan(clips.used, texts, train.batch, train.micro_batches, world_size, config.seed, train.batch_frames, TEXT_COST[config.stage], alike)
+    return Plan(
+        clips.used, texts, train.batch, train.micro_batches, world_size, config.seed, train.batch_frames, TEXT_COST[config.stage],
+        alike=config.encoder.global_batch_norm or config.stage == "stage2",  # frozen there
+        pool=train.pool,
+    )  # fmt: skip
 
 
 def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None:

@@ -21,13 +21,14 @@ def lengths(clips: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     micro_batches=st.integers(1, 3),
     ranks=st.sampled_from([1, 2, 3, 8, 64]),
     seed=st.integers(0, 99),
+    pool=st.integers(1, 3),
     start=st.integers(0, 40),
 )
-def test_every_clip_once_and_the_same_global_batches_on_any_number_of_ranks(clips, batch, batch_frames, micro_batches, ranks, seed, start):
+def test_every_clip_once_and_the_same_global_batches_on_any_number_of_ranks(clips, batch, batch_frames, micro_batches, ranks, seed, pool, start):
     frames, texts = lengths(clips, seed)
     try:
-        plan = Plan(frames, texts, batch, micro_batches, ranks, seed, batch_frames, 0.05)
-        alone = Plan(frames, texts, batch, micro_batches, 1, seed, batch_frames, 0.05)
+        plan = Plan(frames, texts, batch, micro_batches, ranks, seed, batch_frames, 0.05, pool=pool)
+        alone = Plan(frames, texts, batch, micro_batches, 1, seed, batch_frames, 0.05, pool=pool)
         steps = [plan.step(1, s) for s in range(plan.steps(1))]
     except UserError:
         assert batch_frames or clips // -(-clips // batch) < ranks * micro_batches  # only where a rank would be left without a clip
@@ -49,7 +50,9 @@ def test_every_clip_once_and_the_same_global_batches_on_any_number_of_ranks(clip
 
 
 def vars_of(plan: Plan) -> dict:
-    return {name: getattr(plan, name) for name in ("frames", "texts", "batch", "micro_batches", "world_size", "seed", "batch_frames", "text_cost", "alike")}
+    return {
+        name: getattr(plan, name) for name in ("frames", "texts", "batch", "micro_batches", "world_size", "seed", "batch_frames", "text_cost", "alike", "pool")
+    }
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 2 * ISLAND, 3 * ISLAND + 5])
