@@ -359,8 +359,10 @@ class StopAfter:
 def two_runs_in_one_folder(lab: Lab) -> str:
     folder, config = lab.new("two"), lab.config(train__steps=30, train__dev_every=30)
     first = Run(config, folder).reach(1)
+    first.kill(number=signal.SIGSTOP)  # or it could be done before the second has started
     second = Run(config, folder)
     assert second.wait() == [2, 2] and "is being written by process" in second.said, second.said
+    first.kill(number=signal.SIGCONT)
     assert first.wait() == [0, 0]
     same(lab.unbroken(train__steps=30, train__dev_every=30), folder)
     return "the second is refused, the first ends as if alone"
