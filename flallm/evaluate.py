@@ -6,13 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 
 from flallm import UserError, checkpoint, engine, metrics, video
 from flallm import config as cfg
 from flallm.config import Config, Decode
+from flallm.corpora import BROKEN
 from flallm.engine import Ranks
 from flallm.loader import Batch, Clips, batches
 from flallm.model.translator import Translator
@@ -104,7 +104,7 @@ def translate(run: Path, videos: list[str], device: torch.device) -> list[str]:
     for path in videos:
         try:
             frames = video.decode(path, config.data.resize, config.data.stride, config.data.max_frames)
-        except (ValueError, OSError, av.FFmpegError) as error:
+        except BROKEN as error:
             raise UserError(f"{path} cannot be decoded: {error}") from None
         clip = torch.from_numpy(np.ascontiguousarray(video.centre_crop(frames, config.data.crop)))
         batch = Batch(clip, torch.tensor([len(clip)]), torch.zeros(1, 1, dtype=torch.long), [path], [""], [])
