@@ -39,8 +39,9 @@ class State:
     """What must survive a run's end and is no tensor."""
 
     step: int = 0  # the last one done: the position in the plan
-    skipped: int = 0  # steps that were not finite
+    skipped: int = 0  # steps that were left out
     skipped_in_a_row: int = 0
+    usual: float = 0.0  # loss of a token: a running mean over the steps, where train.spike looks at it
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)  # of this rank, since the last line of the log
 

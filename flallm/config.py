@@ -8,7 +8,9 @@ published practice where the paper is silent (GFSLT-VLP, MMTLB).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -84,10 +86,12 @@ class Train:
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
     deepspeed: str | None = None  # a DeepSpeed JSON file; none: ds_configs/zero2.json, without a GPU zero2_cpu.json
+    deepspeed_overrides: dict = field(default_factory=dict)  # fields of that file, as in {zero_optimization: {reduce_bucket_size: 2e8}}
     log_every: int = 50  # steps
     dev_every: int = 0  # steps between looks at the dev split; 0: once an epoch
     dev_clips: int = 0  # how many clips of it; 0: all
-    max_skipped: int = 10  # steps in a row without a finite gradient that end a run
+    spike: float = 0.0  # a step whose loss is over this many times the running mean is left out; 0: none is
+    max_skipped: int = 10  # steps in a row left out, for this or for a gradient that is not finite, that end a run
     timeout: float = 600  # seconds without an answer from the other ranks that end a run
 
 
@@ -171,6 +175,9 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
     """The config with `{"a.b": value}` put in."""
     known = [name for name in flat(config) if name != "stage"]
     for name, value in overrides.items():
+        if within := next((k for k in known if name.startswith(k + ".") and isinstance(flat(config)[k], dict)), None):
+            _put(flat(config)[within], name[len(within) + 1 :].split("."), value)
+            continue
         if name not in known:
             raise UserError(f"unknown option --{name}{_suggest(name, known, '--')}")
         *parents, leaf = name.split(".")
@@ -203,6 +210,14 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         if flat(config)[name] < 1:
             raise UserError(f"{name}: {flat(config)[name]} is less than 1")
     return config
+
+
+def _put(section: dict, names: list[str], value: object) -> None:
+    for name in names[:-1]:
+        section = section.setdefault(name, {})
+    with contextlib.suppress(TypeError, ValueError):  # what is no number and no true or false is text
+        value = json.loads(value)
+    section[names[-1]] = value
 
 
 def flat(config, prefix: str = "") -> dict[str, object]:
@@ -253,6 +268,8 @@ def _coerce(value, hint, where: str):
             return int(float(value))
         if kind is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
+        if kind is dict and isinstance(value, dict):
+            return value
         if kind is str and isinstance(value, str | int | float):
             return str(value)
     except ValueError:

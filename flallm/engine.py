@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,6 +27,11 @@ from flallm.config import Train
 from flallm.loader import Batch
 from flallm.model.translator import Translator
 
+# What of a DeepSpeed config follows from the recipe or the plan. Parameters stay fp32, and train.precision=bf16 computes with autocast.
+OURS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16",
+    "torch_autocast",
+}  # fmt: skip
 AGAIN = 75  # exit code of a run that was asked to stop and has saved all: start it again (EX_TEMPFAIL)
 
 
@@ -179,8 +185,6 @@ def start_engine(model: Translator, config: Train, ranks: Ranks):
     if config.precision == "bf16":  # fp32 parameters; bf16 ones would cast them but not BatchNorm's buffers
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    if any(p.dtype != torch.float32 for p in model.parameters()):
-        raise UserError("train.deepspeed: parameters stay fp32 here, and train.precision=bf16 computes with autocast: leave bf16 and fp16 out of the file")
     return engine
 
 
@@ -239,13 +243,31 @@ def _partitions(engine) -> Iterator[tuple[str, torch.Tensor, list[tuple]]]:
 
 
 def _deepspeed_config(config: Train, ranks: Ranks) -> dict:
+    """The file's content with the overrides put in."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
     here = Path(__file__).parent
     folder = next(f for f in (here / "ds_configs", here.parent / "ds_configs") if f.is_dir())  # installed, or in the repo
     path = Path(config.deepspeed) if config.deepspeed else folder / ("zero2.json" if ranks.device.type == "cuda" else "zero2_cpu.json")
     try:
-        return json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"train.deepspeed: {path} cannot be read as JSON: {error}") from None
+    for name, value in config.deepspeed_overrides.items():
+        if name not in settings:
+            raise UserError(f"train.deepspeed_overrides: {path} has no field {name!r} but {', '.join(settings)}")
+        settings[name] = settings[name] | value if isinstance(settings[name], dict) else value
+    if ours := settings.keys() & OURS:
+        raise UserError(f"train.deepspeed: {', '.join(sorted(ours))} in {path} would be filled in from the recipe: leave it out of the file")
+    try:
+        stage = DeepSpeedZeroConfig(**settings.get("zero_optimization", {})).stage
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))} in {path}: {first['msg']}") from None
+    if stage not in (1, 2):
+        raise UserError(f"train.deepspeed: zero_optimization.stage is {stage} in {path}; 1 and 2 are supported")
+    return settings
 
 
 def set_learning_rates(engine, config: Train, factor: float) -> None:
@@ -260,35 +282,40 @@ class Step:
 
     loss: float
     tokens: float
+    mean: float  # loss of a token over all ranks; only known where `most` is given
     applied: bool
     flags: list[float]
     seconds: float  # that this rank computed without waiting for others, as far as can be told: the forward passes
 
 
-def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float) -> Step:
+def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float, most: float | None = None) -> Step:
     """One optimiser step on this rank's micro-batches.
 
     The gradient is that of the mean over all target tokens of the step, wherever they are: DeepSpeed averages over
     ranks and micro-batches, so every sum of losses is multiplied by their number and divided by all tokens. A step whose
-    gradient is not finite on some rank is left out on all of them, and leaves no trace.
+    gradient is not finite on some rank is left out on all of them, and leaves no trace; so is one whose loss of a token is over `most`.
     """
     tokens, moving = sum(batch.tokens for batch in batches), moving_statistics(engine.module)
     before = [t.clone() for t in moving]
     all_tokens, *flags = ranks.sum(tokens, *flags)
     factor = ranks.world_size * len(batches) / max(1.0, all_tokens)
-    total, seconds = 0.0, 0.0
-    for batch in batches:
+    total, seconds, mean = 0.0, 0.0, math.nan
+    for number, batch in enumerate(batches, 1):
         began = time.monotonic()
         objective, loss = engine(batch.to(ranks.device))
         seconds += time.monotonic() - began
+        total += loss
+        if most is not None and number == len(batches):
+            mean = ranks.sum(total)[0] / max(1.0, all_tokens)
+            if mean > most:
+                factor = math.nan  # and so every rank leaves the step out
         engine.backward(objective * factor)
         engine.step()
-        total += loss
     applied = not engine.optimizer.overflow
     if not applied:
         for tensor, value in zip(moving, before):
             tensor.copy_(value)
-    return Step(float(total), tokens, applied, flags, seconds)
+    return Step(float(total), tokens, mean, applied, flags, seconds)
 
 
 def moving_statistics(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -32,10 +32,11 @@ from flallm.text import Text
 
 # What may differ from the recipe a run was begun with. All else would make the two halves of the run two different runs.
 FREE = (
-    "name", "data.shards", "data.workers", "data.prefetch_mib", "data.cache", "encoder.weights", "llm.path", "decode", "checkpoint", "train.micro_batches", "train.deepspeed",
+    "name", "data.shards", "data.workers", "data.prefetch_mib", "data.cache", "encoder.weights", "llm.path", "decode", "checkpoint", "train.micro_batches", "train.deepspeed", "train.spike",
     "train.log_every", "train.dev_every", "train.dev_clips", "train.max_skipped", "train.timeout",
 )  # fmt: skip
 
+USUAL = 0.98  # what the running mean of the loss keeps a step: about 50 steps count
 STRAGGLES = 1.25  # times the mean of all ranks' seconds a step, from which on a rank is named
 
 
@@ -55,8 +56,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     elif config.stage == "stage2":
         take_encoder(model, config, stage1)
     total = config.train.steps or plan.total(config.train.epochs)
+    engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     with checkpoint.lock(run, ranks), engines.Asked() as asked, contextlib.ExitStack() as leaving:
-        engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
         torch.manual_seed(config.seed * 1000 + ranks.rank + 1)  # … and drop out different units
         first = found[1]["step"] if found else 0
         loader = leaving.enter_context(contextlib.closing(batches(clips, text, training_groups(plan, ranks.rank, first, total), config.data.workers)))
@@ -68,11 +69,12 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             with log.waiting():
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
             engines.set_learning_rates(engine, config.train, schedule(config.train, state.step - 1, total))
-            step = engines.train_step(engine, micro_batches, ranks, asked.stop, writer.written, writer.due() and ranks.first)
+            most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
+            step = engines.train_step(engine, micro_batches, ranks, asked.stop, writer.written, writer.due() and ranks.first, most=most)
             log.step(step, micro_batches)
             stop, written, due = step.flags
             if state.skipped_in_a_row == config.train.max_skipped:
-                give_up(writer, log, f"{config.train.max_skipped} steps in a row were not finite, see {run}/not_finite.jsonl; the last good checkpoint is kept")
+                give_up(writer, log, f"{config.train.max_skipped} steps in a row had to be left out, see {run}/skipped.jsonl; the last good checkpoint is kept")
             dev = None
             if state.step % (config.train.dev_every or plan.steps(0)) == 0 or state.step == total:
                 dev = look_at_dev(model, config, ranks, log)
@@ -203,10 +205,12 @@ class Log:
         self.timers["computing"] += done.seconds
         if done.applied:
             self.state.skipped_in_a_row = 0
+            if self.config.train.spike:
+                self.state.usual = USUAL * self.state.usual + (1 - USUAL) * done.mean if self.state.usual else done.mean
             for name, value in (("loss", done.loss), ("tokens", done.tokens), ("clips", sum(len(b.keys) for b in micro_batches))):
                 self.state.sums[name] += value
         else:
-            self._not_finite(done, micro_batches)
+            self._skipped(done, micro_batches)
         if self.state.step % self.config.train.log_every and self.state.step != self.total:
             return
         busy = self.timers["waiting"] + self.timers["computing"]
@@ -230,15 +234,17 @@ class Log:
             * (each[slowest] > STRAGGLES * mean)
         )
 
-    def _not_finite(self, done: Step, micro_batches: list) -> None:
+    def _skipped(self, done: Step, micro_batches: list) -> None:
         """A step that was left out: it is counted, and the clips of all ranks are written down."""
+        spike = done.mean > self.config.train.spike * self.state.usual > 0
+        why = f"the loss is {done.mean:.3f} where {self.state.usual:.3f} is usual" if spike else "the gradient is not finite"
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
         parts = self.ranks.gather({"loss": done.loss, "keys": [key for batch in micro_batches for key in batch.keys]})
         if self.ranks.first:
-            with open(self.run / "not_finite.jsonl", "a") as file:
-                file.writelines(json.dumps({"step": self.state.step, "rank": rank} | part) + "\n" for rank, part in enumerate(parts))
-        self.say(f"step {self.state.step}/{self.total}  warning: the gradient is not finite, the step is left out; its clips are in not_finite.jsonl")
+            with open(self.run / "skipped.jsonl", "a") as file:
+                file.writelines(json.dumps({"step": self.state.step, "rank": rank, "why": why} | part) + "\n" for rank, part in enumerate(parts))
+        self.say(f"step {self.state.step}/{self.total}  warning: {why}, the step is left out; its clips are in skipped.jsonl")
 
     def dev(self, real: float, swapped: float) -> None:
         self._write({"dev_bleu4": real, "dev_bleu4_swapped": swapped})

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from flallm import UserError, checkpoint, cli, engine
 from flallm import config as cfg
 from flallm.loader import Batch
+from flallm.model.translator import Translator
 from flallm.train import train
 
 FORK = multiprocessing.get_context("forkserver")
@@ -100,7 +101,7 @@ class At:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        owner = {"checkpoint": checkpoint, "Writer": checkpoint.Writer, "Path": Path, "Batch": Batch, "os": os}[self.owner]
+        owner = {"checkpoint": checkpoint, "Writer": checkpoint.Writer, "Path": Path, "Batch": Batch, "Translator": Translator}[self.owner]
         original, calls = getattr(owner, self.name), 0
 
         def wrapped(*args, **kwargs):
@@ -114,6 +115,8 @@ class At:
             result = original(*args, **kwargs)
             if now and self.what == "nan":
                 result.frames = torch.full(result.frames.shape, float("nan"))
+            if now and self.what == "spike":
+                result = tuple(10 * loss for loss in result)
             if now and self.what == "kill after":
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
@@ -298,14 +301,24 @@ def not_finite(lab: Lab) -> str:
     folder = lab.new("nan")
     run = Run(lab.config(), folder, plant=At("Batch", "to", "nan", rank=1, call=2))
     assert run.wait() == [0, 0], run.said
-    noted = rows(folder / "not_finite.jsonl")
+    noted = rows(folder / "skipped.jsonl")
     skipped = noted[0]["step"]
     assert [x["rank"] for x in noted] == [0, 1] and all(x["keys"] for x in noted)
     assert all(t.isfinite().all() for t in load_file(folder / "checkpoints/step-6/model.safetensors").values())
     assert {s: x for s, x in losses(folder).items() if s < skipped} == {s: x for s, x in losses(lab.unbroken()).items() if s < skipped}
     row = Run(lab.config(train__steps=50, train__max_skipped=3), folder := lab.new("nans"), plant=At("Batch", "to", "nan", rank=1, call=6, times=1000))
-    assert row.wait() == [1, 1] and "3 steps in a row were not finite" in row.said and "Traceback" not in row.said, row.said
+    assert row.wait() == [1, 1] and "3 steps in a row had to be left out" in row.said and "Traceback" not in row.said, row.said
     return f"step {skipped} left out on both ranks, its {sum(len(x['keys']) for x in noted)} clips named; after 3 in a row the end, at checkpoint {steps(folder)[-1]}"
+
+
+def loss_spike(lab: Lab) -> str:
+    folder = lab.new("spike")
+    run = Run(lab.config(train__spike=3), folder, plant=At("Translator", "forward", "spike", rank=1, call=4))
+    assert run.wait() == [0, 0], run.said
+    noted, usual = rows(folder / "skipped.jsonl"), losses(lab.unbroken())
+    assert [x["step"] for x in noted] == [4, 4] and "usual" in noted[0]["why"], noted
+    assert {s: x for s, x in losses(folder).items() if s < 4} == {s: x for s, x in usual.items() if s < 4} and set(usual) - set(losses(folder)) <= {4}
+    return f"step 4 left out on both ranks: {noted[0]['why']}"
 
 
 def one_rank_signalled(lab: Lab, number: int = signal.SIGTERM) -> str:
@@ -346,12 +359,12 @@ class StopAfter:
         if rank == 0:
             original, calls = engine.train_step, 0
 
-            def wrapped(*args):
+            def wrapped(*args, **options):
                 nonlocal calls
                 calls += 1
                 if calls == self.step:
                     os.kill(os.getpid(), signal.SIGUSR1)
-                return original(*args[:3], calls >= self.step, *args[4:])
+                return original(*args[:3], calls >= self.step, *args[4:], **options)
 
             engine.train_step = wrapped
 
@@ -382,6 +395,7 @@ SCENARIOS: dict[str, Callable[[Lab], str]] = {
     "newest checkpoint damaged": newest_damaged,
     "disk full": disk_full,
     "not finite": not_finite,
+    "loss spike": loss_spike,
     "SIGTERM to one rank": one_rank_signalled,
     "SIGUSR1 to one rank": lambda lab: one_rank_signalled(lab, signal.SIGUSR1),
     "other world sizes": other_world_sizes,

@@ -58,6 +58,7 @@ def test_names_and_options_are_frozen():
         (["compare", ".", "."], "has no config.yaml"),
         (["translate", ".", "none.mp4"], "none.mp4 does not exist"),
         (["nosuch"], "nosuch"),
+        (["stage1", "demo", "--train.deepspeed_override.x=1"], "did you mean --train.deepspeed_overrides?"),
         (["stage1", "demo", "--data.shards=none"], "make them with tools/make_shards.py"),
     ],
 )

@@ -62,6 +62,8 @@ def two_ranks(configs: dict, out: Path) -> None:
     train(configs["few"], out / "few", ranks)
     with pytest.raises(UserError) as refused:
         train(configs["other"], out / "stage1", ranks)
+    with pytest.raises(UserError, match="reduce_bucket_sze in "):
+        train(configs["typo"], out / "typo", ranks)
     (out / "refused.txt").write_text(str(refused.value))
 
 
@@ -81,6 +83,7 @@ def runs(shards, llm, tmp_path_factory):
         "offload": make("stage1", **SHORT | {"train.deepspeed": str(Path(__file__).parents[1] / "ds_configs/zero2_offload.json")}),
         "few": make("stage1", **SHORT | {"checkpoint.every": 1, "checkpoint.last": 1, "checkpoint.every_nth": 4}),
         "other": make("stage1", **SHORT | {"train.log_every": 2, "train.lr_encoder": 0.5, "checkpoint.last": 1}),
+        "typo": make("stage1", **{"train.deepspeed_overrides.zero_optimization.reduce_bucket_sze": "2e8"}),
     }
     engine.launch(two_ranks, 2, configs, out)
     return configs, out
@@ -134,11 +137,12 @@ def lab(shards, llm, tmp_path_factory):
         faults.one_rank_killed,
         lambda lab: faults.killed_while_saving(lab, ("before the manifest",)),
         faults.not_finite,
+        faults.loss_spike,
         faults.one_rank_signalled,
         lambda lab: faults.other_world_sizes(lab, ("stage2",)),
         faults.two_runs_in_one_folder,
     ],
-    ids=["all killed", "one killed", "killed while saving", "not finite", "SIGTERM to one", "other world sizes", "two runs"],
+    ids=["all killed", "one killed", "killed while saving", "not finite", "loss spike", "SIGTERM to one", "other world sizes", "two runs"],
 )
 def test_faults(lab, scenario):
     try:

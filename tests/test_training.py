@@ -32,6 +32,8 @@ def one_zero2_step(config, out: Path) -> None:
     ranks = engine.join()
     model, clips = model_and_clips(config)
     zero = engine.start_engine(model, config.train, ranks)
+    bucket = config.train.deepspeed_overrides.get("zero_optimization", {}).get("reduce_bucket_size")
+    assert bucket is None or zero.optimizer.reduce_bucket_size == bucket
     plan = make_plan(config, clips, ranks.world_size)
     batches = [clips.batch(model.text, [(0, int(n)) for n in part[ranks.rank]]) for part in plan.step(0, 0)]
     engine.train_step(zero, batches, ranks)
@@ -77,7 +79,7 @@ def runs(shards, llm, tmp_path_factory):
     }
     configs = {
         "step1": make("stage1", **PLAIN_SGD, **GLOBAL),
-        "step4": make("stage1", **PLAIN_SGD, **GLOBAL, **{"train.micro_batches": 4}),
+        "step4": make("stage1", **PLAIN_SGD, **GLOBAL, **{"train.micro_batches": 4, "train.deepspeed_overrides.zero_optimization.reduce_bucket_size": "5e3"}),
         "stage1": make("stage1", **short),
         "stage2": make("stage2", **short),
         "overfit": make("stage1", out / "eight", **overfit, **{"train.dev_every": 130}),
