@@ -106,6 +106,30 @@ def evaluate(run: str, *, split: str = "test") -> Job:
 
 
 @SetParseFn(str)
+def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> Job:
+    """Writes the sign-wise features of a run's encoder as shards: stage 2 and evaluate take them by --data.shards in place of video.
+
+    Args:
+        run: the folder of a stage-1 run
+        out: the folder to write into
+        dtype: bf16, fp16 or fp32
+        copies: how many augmented copies of each training clip; 0: training sees the clips as they are
+    """
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise UserError(f"--dtype: {dtype!r} is none of bf16, fp16, fp32")
+    if not copies.isdecimal():
+        raise UserError(f"--copies: {copies!r} is not a whole number")
+
+    def work() -> None:
+        from flallm.features import features
+
+        with _ranks() as ranks:
+            features(Path(run), Path(out), ranks, dtype, int(copies))
+
+    return Job(work)
+
+
+@SetParseFn(str)
 def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> Job:
     """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
 
@@ -178,7 +202,7 @@ def _ranks(timeout: float = 600):
         engine.leave()
 
 
-COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, score, compare, translate)}
+COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, score, compare, translate)}
 
 
 def run(commands: dict[str, Callable], name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from zlib import crc32
@@ -29,9 +30,16 @@ def start(folder: str, split: str, cache: str, cache_gib: float, options: tuple)
 def run(number: int, epoch: int | None, memory: str, first: int, frames: int) -> tuple[str, str, str]:
     """Puts the `frames` used frames of a clip into a file of shared memory from frame `first` on; returns (key, text, "") or
     (key, "", the cause why not). With an epoch they are augmented."""
-    crop = _options[1]
-    out = np.memmap(memory, np.uint8, "r+", first * crop * crop * 3, (frames, crop, crop, 3))
+    shape, dtype = kind(_shards, _options[1])
+    out = np.memmap(memory, dtype, "r+", first * int(np.prod(shape)) * dtype.itemsize, (frames, *shape))
     return load(_shards, _options, number, epoch, out)
+
+
+def kind(shards: Shards, crop: int) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, type) of what a used frame becomes: an image, or features; bf16 as the 16 bits of a number."""
+    if not shards.features:
+        return (crop, crop, 3), np.dtype(np.uint8)
+    return (shards.features["channels"],), np.dtype({"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}[shards.features["dtype"]])
 
 
 def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np.ndarray) -> tuple[str, str, str]:
@@ -41,6 +49,12 @@ def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np
     try:
         source, meta = shards.read(number)
         key = meta["key"]
+        if shards.features:
+            stored, copies = np.load(io.BytesIO(source), allow_pickle=False), shards.features["copies"]
+            if stored.dtype != out.dtype or stored.shape[1:] != out.shape:
+                raise BadSample(f"holds features {stored.shape} of {stored.dtype} where {out.shape} of {out.dtype} are to be")
+            out[:] = stored[0 if epoch is None or not copies else 1 + epoch % copies]
+            return key, meta["text"], ""
         frames = video.decode(source, resize, stride, max_frames, meta["num_frames"])
         if len(frames) != len(out):
             raise BadSample(f"has {len(frames)} frames to use, {len(out)} by the index")

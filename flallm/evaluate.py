@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class Prediction:
 def decode_split(model: Translator, config: Config, split: str, ranks: Ranks, decode: Decode, limit: int = 0) -> tuple[list[Prediction], list[dict]]:
     """(a prediction for each of the split's clips, in the shards' order; samples left out). On every rank the same."""
     clips = Clips(split, config.data, config.seed)
+    check_features(clips, model)
     numbers = np.arange(min(limit, len(clips.used)) if limit else len(clips.used))
     mine = numbers[np.argsort(clips.used[numbers], kind="stable")][ranks.rank :: ranks.world_size]  # alike in length and work
     groups = [[(None, int(n)) for n in mine[i : i + decode.batch]] for i in range(0, len(mine), decode.batch)]
@@ -43,6 +44,20 @@ def decode_split(model: Translator, config: Config, split: str, ranks: Ranks, de
     model.train(was_training)
     predictions = [Prediction(*p) for part in ranks.gather(found) for p in part]
     return sorted(predictions, key=lambda p: p.key), [b for part in ranks.gather(bad) for b in part]
+
+
+def check_features(clips: Clips, model: Translator) -> None:
+    """Refuses features that the model's own encoder would not make of these clips."""
+    made, folder = clips.features, clips.shards.folder
+    if not made:
+        return
+    for field in ("resize", "crop", "stride", "max_frames"):
+        if made.get(field) != getattr(clips.data, field):
+            raise UserError(f"{folder} holds features made with data.{field}={made.get(field)}, not {getattr(clips.data, field)}: make them again with flallm features")
+    if made["copies"] and made.get("augment") != asdict(clips.data.augment):
+        raise UserError(f"{folder} holds features of copies augmented in another way than data.augment says: make them again with flallm features")
+    if made.get("encoder_sha256") != model.encoder.sha256():
+        raise UserError(f"{folder} holds features of another encoder: make them again with flallm features from the run this encoder is of")
 
 
 def swapped_bleu4(predictions: list[Prediction], convention: str) -> float:

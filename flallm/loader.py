@@ -34,7 +34,7 @@ Group = list[tuple[int | None, int]]  # (epoch, clip number); without an epoch a
 class Batch:
     """Clips without any padding of frames.
 
-    frames: (F, H, W, 3) uint8, those of all clips one after another; lengths: (B,) frames of each clip.
+    frames: (F, H, W, 3) uint8, or (F, C) features in their place, those of all clips one after another; lengths: (B,) frames of each clip.
     labels: (B, L) token ids, `IGNORE` after the end of a text. bad: samples left out, {"key", "cause"}.
     """
 
@@ -59,7 +59,9 @@ class Clips:
     def __init__(self, split: str, data: Data, seed: int):
         self.shards, self.data = Shards(data.shards, split, data.cache, data.cache_gib), data
         self.used = used_frames(self.shards.index["frames"], data.stride, data.max_frames)  # frames of each clip
-        self.frame_bytes = data.crop * data.crop * 3
+        self.features = self.shards.features  # what made them, where the shards hold features; {}: they hold videos
+        self.shape, self.dtype = decoder.kind(self.shards, data.crop)
+        self.frame_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         self.options = (data.resize, data.crop, data.stride, data.max_frames, data.augment, seed)
 
     def batch(self, text: Text, group: Group) -> Batch:
@@ -116,8 +118,8 @@ class _Ahead:
 
     def batch(self, text: Text) -> Batch:
         memory = mmap.mmap(self.file, self.size)  # lives as long as a tensor of it
-        crop = self.clips.data.crop
-        frames = np.frombuffer(memory, np.uint8)[: self.lengths.sum() * self.clips.frame_bytes].reshape(-1, crop, crop, 3)
+        shape, dtype = self.clips.shape, self.clips.dtype
+        frames = np.frombuffer(memory, dtype, int(self.lengths.sum()) * int(np.prod(shape))).reshape(-1, *shape)
         parts = np.split(frames, self.firsts[1:])
         results = [self._result(i, part) for i, part in enumerate(parts)]
         os.close(self.file)
@@ -126,8 +128,9 @@ class _Ahead:
         keys, texts = ([results[i][k] for i in good] for k in (0, 1))
         labels, lengths = [text.encode(t) for t in texts], self.lengths[good]
         if not good:  # a rank must take part in the step all the same: two black frames, no label
-            frames, keys, texts, labels, lengths = np.zeros((2, crop, crop, 3), np.uint8), [""], [""], [[IGNORE]], np.array([2])
+            frames, keys, texts, labels, lengths = np.zeros((2, *shape), dtype), [""], [""], [[IGNORE]], np.array([2])
         elif bad:
             frames = np.concatenate([parts[i] for i in good])
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in labels], True, IGNORE)
-        return Batch(torch.from_numpy(frames), torch.from_numpy(lengths).long(), padded, keys, texts, bad)
+        tensor = torch.from_numpy(frames)
+        return Batch(tensor.view(torch.bfloat16) if dtype == np.uint16 else tensor, torch.from_numpy(lengths).long(), padded, keys, texts, bad)

@@ -64,16 +64,8 @@ def make_shards(
             raise UserError(f"two clips of {split} have the key {key!r}: keys must be unique")
     rows = hashlib.sha256(json.dumps([[_row(clip) for members in splits.values() for clip in members], left_out]).encode())
     made_from = {"format": FORMAT, "corpus": corpus, "options": asdict(options), "source_sha256": rows.hexdigest()}
-    begun = out / "dataset.json.part"
-    for file in (out / "dataset.json", begun):
-        if file.exists():
-            made = _read_made(file)
-            if {k: made.get(k) for k in made_from} != made_from:
-                raise UserError(f"{out} holds shards made of other clips or with other options: remove it or name another folder")
-            if file != begun:
-                return made
-    out.mkdir(parents=True, exist_ok=True)
-    _replace(begun, json.dumps(made_from))
+    if made := begin(out, made_from):
+        return made
 
     shards = [
         (out / f"{split}-{number:06d}.tar", members[first : first + options.per_shard])
@@ -86,8 +78,23 @@ def make_shards(
         bar.update(bar.total - sum(len(members) for _, members in missing))
         encoded = encode_all((clip for _, members in missing for clip in members), options, processes or os.cpu_count())
         for path, members in missing:
-            _write_shard(path, members, (result for result in encoded if not bar.update()))
-    return {} if part != (0, 1) else _join(out, shards, {**made_from, "left_out": left_out})
+            write_tar(path, _samples(members, (result for result in encoded if not bar.update())), "mp4")
+    return {} if part != (0, 1) else join(out, [(path, members[0].split) for path, members in shards], {**made_from, "left_out": left_out})
+
+
+def begin(out: Path, made_from: dict) -> dict:
+    """What `dataset.json` says if all is made already, else {}, and then the folder notes what it is made from."""
+    begun = out / "dataset.json.part"
+    for file in (out / "dataset.json", begun):
+        if file.exists():
+            made = _read_made(file)
+            if {k: made.get(k) for k in made_from} != made_from:
+                raise UserError(f"{out} holds shards made of other clips or with other options: remove it or name another folder")
+            if file != begun:
+                return made
+    out.mkdir(parents=True, exist_ok=True)
+    _replace(begun, json.dumps(made_from))
+    return {}
 
 
 def _read_made(file: Path) -> dict:
@@ -113,22 +120,24 @@ def _replace(path: Path, text: str) -> None:
     os.rename(file.name, path)
 
 
-def _join(out: Path, shards: list[tuple[Path, list[Clip]]], dataset: dict) -> dict:
-    """The indexes of all shards as one for each split, and `dataset.json`."""
+def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str = "") -> dict:
+    """The indexes of all shards, (path, split) each, as one for each split, and `dataset.json`."""
     kept, columns, dataset["splits"] = hashlib.sha256(), {}, {}
-    for path, members in shards:
+    for path, split in shards:
         rows, notes = _read_rows(path.with_suffix(".rows"))
+        if notes.get("made_by", "") != made_by:
+            raise UserError(f"{path} was made by another encoder or with other options than the rest: remove it and its .rows, and make them again")
         try:
             kept.update(notes["kept_sha256"].encode())
             dataset["left_out"] += json.loads(notes["left_out"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path.with_suffix('.rows')} is altered ({error!r}): remove it and {path}, and make them again") from None
-        columns.setdefault(members[0].split, []).append(rows)
+        columns.setdefault(split, []).append(rows)
     for split, parts in columns.items():
         index = {name: np.concatenate([rows[name] for rows in parts]) for name in COLUMNS}
         index["shard"] = np.repeat(np.arange(len(parts), dtype=np.int32), [len(rows["frames"]) for rows in parts])
         _save(index, out / f"{split}.index.safetensors")
-        sizes = [path.stat().st_size for path, members in shards if members[0].split == split]
+        sizes = [path.stat().st_size for path, of in shards if of == split]
         dataset["splits"][split] = {"clips": len(index["frames"]), "frames": int(index["frames"].sum()), "shard_bytes": sizes}
     dataset["rows_sha256"] = kept.hexdigest()
     _replace(out / "dataset.json", json.dumps(dataset, indent=1, ensure_ascii=False))
@@ -138,30 +147,37 @@ def _join(out: Path, shards: list[tuple[Path, list[Clip]]], dataset: dict) -> di
     return dataset
 
 
-def _write_shard(path: Path, clips: list[Clip], encoded: Iterator[tuple[bytes, dict] | str]) -> None:
-    """The shard, and beside it `.rows`: its part of the index, what was left out and a hash of what was kept."""
+def _samples(clips: list[Clip], encoded: Iterator[tuple[bytes, dict] | str]) -> Iterator[tuple[str, bytes, dict, list] | dict]:
+    for clip, result in zip(clips, encoded):
+        yield asdict(LeftOut(clip.key, clip.split, clip.media.source, result)) if isinstance(result, str) else (clip.key, *result, _row(clip))
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, bytes, dict, list] | dict], extension: str, made_by: str = "") -> None:
+    """The shard of samples (key, bytes, JSON, row to hash; or a dict that tells of one left out), and beside it `.rows`: its part of
+    the index, what was left out and a hash of what was kept."""
     import webdataset
 
     left_out, kept, metas, part = [], hashlib.sha256(), [], path.with_suffix(f".{os.getpid()}.part")
     with open(part, "wb") as file:
         tar = webdataset.TarWriter(file, mtime=0, user="flallm", group="flallm")  # equal bytes on any day, for any user
-        for clip, result in zip(clips, encoded):
-            if isinstance(result, str):
-                left_out.append(asdict(LeftOut(clip.key, clip.split, clip.media.source, result)))
+        for sample in samples:
+            if isinstance(sample, dict):
+                left_out.append(sample)
             else:
-                video, meta = result
+                key, content, meta, row = sample
                 text = json.dumps(meta, ensure_ascii=False).encode()
-                tar.write({"__key__": clip.key, "mp4": video, "json": text})
-                kept.update(json.dumps(_row(clip)).encode())
-                metas.append((meta["num_frames"], len(meta["text"]), checksum(video, text)))
+                tar.write({"__key__": key, extension: content, "json": text})
+                kept.update(json.dumps(row).encode())
+                metas.append((meta["num_frames"], len(meta["text"]), checksum(content, text)))
         tar.close()
         file.flush()
         os.fsync(file.fileno())
     with tarfile.open(part) as tar:
-        places = [(member.offset_data, member.size) for member in tar]  # the JSON's, then the video's, of each sample
-    values = [(0, *places[2 * i + 1], *places[2 * i], *meta) for i, meta in enumerate(metas)]
+        places = {member.name: (member.offset_data, member.size) for member in tar}
+        names = [name.removesuffix(".json") for name in places if name.endswith(".json")]
+    values = [(0, *places[f"{name}.{extension}"], *places[f"{name}.json"], *meta) for name, meta in zip(names, metas)]
     rows = {name: np.array([v[c] for v in values], dtype) for c, (name, dtype) in enumerate(COLUMNS.items())}
-    _save(rows, path.with_suffix(".rows"), {"left_out": json.dumps(left_out), "kept_sha256": kept.hexdigest()})
+    _save(rows, path.with_suffix(".rows"), {"left_out": json.dumps(left_out), "kept_sha256": kept.hexdigest(), "made_by": made_by})
     part.rename(path)
 
 
@@ -192,16 +208,19 @@ def _read_rows(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def splits_of(folder: str | Path) -> list[str]:
     """The splits that a folder of shards has."""
-    return list(_read_dataset(Store(str(folder)), str(folder)))
+    return list(_read_dataset(Store(str(folder)), str(folder))[0])
 
 
-def _read_dataset(store: Store, folder: str) -> dict[str, dict]:
-    """{split: {"clips", "frames", "shard_bytes"}}"""
+def _read_dataset(store: Store, folder: str) -> tuple[dict[str, dict], dict]:
+    """({split: {"clips", "frames", "shard_bytes"}}, what made the features, {} where they are videos)"""
     try:
-        splits = json.loads(store.read("dataset.json"))["splits"]
+        dataset = json.loads(store.read("dataset.json"))
+        splits, features = dataset["splits"], dataset.get("features", {})
+        if features and not (isinstance(features["channels"], int) and isinstance(features["copies"], int) and features["dtype"] in ("bf16", "fp16", "fp32")):
+            raise ValueError("its features are none")
         if not all(isinstance(s["clips"], int) and all(isinstance(b, int) for b in s["shard_bytes"]) for s in splits.values()):
             raise ValueError("a count is none")
-        return splits
+        return splits, features
     except FileNotFoundError:
         raise UserError(f"{folder} holds no finished shards (no dataset.json): make them with tools/make_shards.py") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -221,7 +240,7 @@ class Shards:
     def __init__(self, folder: str | Path, split: str, cache: str = "", cache_gib: float = 100.0):
         self.folder, self.split = str(folder), split
         self.store = Store(self.folder, cache, cache_gib)
-        splits = _read_dataset(self.store, self.folder)
+        splits, self.features = _read_dataset(self.store, self.folder)
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
         self.shard_bytes, self.index = splits[split]["shard_bytes"], self._read_index()

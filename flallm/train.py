@@ -23,7 +23,7 @@ from flallm import engine as engines
 from flallm.checkpoint import State, Writer
 from flallm.config import Config, Train
 from flallm.engine import AGAIN, Ranks, Step
-from flallm.evaluate import decode_split, note_bad_samples, swapped_bleu4
+from flallm.evaluate import check_features, decode_split, note_bad_samples, swapped_bleu4
 from flallm.loader import Clips, batches
 from flallm.metrics import bleu4
 from flallm.model.translator import Translator
@@ -46,6 +46,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     Stage 2 takes its encoder from the best checkpoint of the run `stage1`. Exits with `AGAIN` after a signal to stop, once all is saved.
     """
     clips, _ = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
+    if clips.features and config.stage != "stage2":
+        raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
     text, plan = Text(config.llm), make_plan(config, clips, ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
     found = newest(config, run, ranks, data)
@@ -55,6 +57,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         checkpoint.load_model(found[0], model)
     elif config.stage == "stage2":
         take_encoder(model, config, stage1)
+    check_features(clips, model)
     total = config.train.steps or plan.total(config.train.epochs)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     with checkpoint.lock(run, ranks), engines.Asked() as asked, contextlib.ExitStack() as leaving:

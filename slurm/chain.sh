@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole job, each part once the one before it is done: parts of the shards -> shards -> stage 1 -> stage 2 -> scores.
+# The whole job, each part once the one before it is done: parts of the shards -> shards -> stage 1 -> features -> stage 2 -> scores.
 #
 #   slurm/chain.sh RECIPE FOLDER CORPUS ARGUMENTS…
 #   slurm/chain.sh phoenix14t /path/to/folder phoenix14t /path/to/PHOENIX-2014-T-release-v3
 #
-# writes FOLDER/{shards,stage1,stage2}. CORPUS and what follows go to tools/make_shards.py. SBATCH_OPTIONS="--partition=x --nodes=2"
+# writes FOLDER/{shards,stage1,features,stage2}; FEATURES="--copies=4" gives options of `flallm features`. CORPUS and what follows go to tools/make_shards.py. SBATCH_OPTIONS="--partition=x --nodes=2"
 # gives options of sbatch to every part, TRAINING_OPTIONS, SHARDS_OPTIONS to those alone. Settings of the stages belong in the recipe.
 set -euo pipefail
 
@@ -26,5 +26,7 @@ submit() { # NAME AFTER OPTIONS ARGUMENTS…
 shards=$(submit shards "" "${SHARDS_OPTIONS:-}" "$@" --out="$folder/shards")
 joined=$(submit shards "$shards" "${SHARDS_OPTIONS:-} --array=0" "$@" --out="$folder/shards")
 stage1=$(submit stage1 "$joined" "${TRAINING_OPTIONS:-}" "$recipe" --data.shards="$folder/shards" --run_dir="$folder/stage1")
-stage2=$(submit stage2 "$stage1" "${TRAINING_OPTIONS:-}" "$recipe" --data.shards="$folder/shards" --run_dir="$folder/stage2" --stage1="$folder/stage1")
+# shellcheck disable=SC2086 # options are several words
+features=$(submit features "$stage1" "${TRAINING_OPTIONS:-}" "$folder/stage1" --out="$folder/features" ${FEATURES:-})
+stage2=$(submit stage2 "$features" "${TRAINING_OPTIONS:-}" "$recipe" --data.shards="$folder/features" --run_dir="$folder/stage2" --stage1="$folder/stage1")
 submit evaluate "$stage2" "${TRAINING_OPTIONS:-}" "$folder/stage2" > /dev/null

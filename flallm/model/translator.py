@@ -37,6 +37,8 @@ class Translator(nn.Module):
 
     def features(self, batch: Batch) -> torch.Tensor:
         """Sign-wise features (F, C)."""
+        if batch.frames.ndim == 2:  # made before, by `flallm features`
+            return batch.frames.float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder.frozen):
             return self.encoder(batch.frames, batch.lengths)
 

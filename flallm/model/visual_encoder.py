@@ -5,6 +5,9 @@ Clips are concatenated, never padded, so nothing that is not a frame reaches a c
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -44,6 +47,13 @@ class VisualEncoder(nn.Module):
         row = x.new_zeros(len(x) + pad * (len(lengths) + 1), x.shape[1]).index_copy(0, place, x)
         x = self.temporal(row.T[None])[0].T[place - pad]  # (F, C)
         return F.relu(self.norm(x))
+
+    def sha256(self) -> str:
+        """Of all that the features depend on."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+        return digest.hexdigest()
 
     def freeze(self) -> None:
         """Frozen for good: no gradients, and BatchNorms stay in eval mode whatever calls `train()`."""

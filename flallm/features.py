@@ -1,0 +1,77 @@
+"""The frozen encoder's sign-wise features as shards, which stage 2 and evaluation take in place of video shards.
+
+Each shard of video becomes one of the same name with `<key>.json` and `<key>.npy`: (1 + copies, N, C), first the clip as it is, then
+augmented copies; copy e is what training on video sees in epoch e. bf16, which npy does not know, is kept as the 16 bits of a number.
+Clips go through the encoder one by one, so what comes out depends neither on other clips nor on the number of ranks.
+`dataset.json` says under "features" which encoder and which preprocessing made them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flallm import UserError, engine
+from flallm import shards as tars
+from flallm.config import Data
+from flallm.evaluate import load_run
+from flallm.loader import Clips, batches
+from flallm.model.translator import Translator
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int) -> None:
+    """Writes the features of all splits of the run's shards; the same command goes on where it was stopped."""
+    model, config = load_run(run, ranks.device)
+    splits = {split: Clips(split, config.data, config.seed) for split in tars.splits_of(config.data.shards)}
+    if any(clips.features for clips in splits.values()):
+        raise UserError(f"data.shards of {run} is {config.data.shards}: these are features already")
+    made_by = about(model, config.data, dtype, copies, config.seed) | {"precision": config.train.precision}
+    sums = {split: hashlib.sha256(np.ascontiguousarray(clips.shards.index["checksum"])).hexdigest() for split, clips in splits.items()}
+    made_from = {"format": tars.FORMAT, "features": made_by, "source_sha256": sums}
+    done = tars.begin(out, made_from) if ranks.first else None
+    if ranks.gather(done)[0]:
+        return
+    parts = [(split, n) for split, clips in splits.items() for n in range(len(clips.shards.shard_bytes))]
+    with engine.precision(config.train, ranks.device), torch.no_grad():
+        for split, n in tqdm(parts[ranks.rank :: ranks.world_size], unit="shard", desc="features", disable=None if ranks.first else True):
+            path = out / f"{split}-{n:06d}.tar"
+            if not path.exists():
+                tars.write_tar(path, _samples(model, splits[split], n, dtype, copies if split == "train" else 0, ranks.device), "npy", json.dumps(made_from))
+    ranks.gather(None)  # all shards are there
+    if ranks.first:
+        tars.join(out, [(out / f"{split}-{n:06d}.tar", split) for split, n in parts], {**made_from, "left_out": []}, json.dumps(made_from))
+    ranks.gather(None)
+
+
+def _samples(model: Translator, clips: Clips, shard: int, dtype: str, copies: int, device: torch.device) -> Iterator[tuple[str, bytes, dict, list] | dict]:
+    """(key, npy, JSON, row) of each clip of a shard, or what `dataset.json` says of one that cannot be decoded."""
+    numbers = np.flatnonzero(clips.shards.index["shard"] == shard).tolist()
+    views = [None, *range(copies)]  # epochs; None: not augmented
+    found = batches(clips, model.text, [[(epoch, n)] for n in numbers for epoch in views], clips.data.workers)
+    for n in numbers:
+        made = [next(found) for _ in views]
+        if bad := [b for batch in made for b in batch.bad]:
+            yield {"key": bad[0]["key"], "split": clips.shards.split, "source": f"sample {n}", "cause": bad[0]["cause"]}
+            continue
+        stacked = torch.stack([model.features(batch.to(device)) for batch in made]).to(DTYPES[dtype]).cpu()  # (1 + copies, N, C)
+        file = io.BytesIO()
+        np.save(file, (stacked.view(torch.uint16) if dtype == "bf16" else stacked).numpy())
+        meta = clips.shards.read(n)[1]
+        yield meta["key"], file.getvalue(), meta, [meta["key"], clips.shards.split, meta["text"]]
+
+
+def about(model: Translator, data: Data, dtype: str, copies: int, seed: int) -> dict:
+    """What features depend on besides the clip."""
+    made = {"encoder_sha256": model.encoder.sha256(), "channels": model.encoder.norm.num_features, "dtype": dtype, "copies": copies}
+    made |= {field: getattr(data, field) for field in ("resize", "crop", "stride", "max_frames")}
+    return made | ({"augment": asdict(data.augment), "seed": seed} if copies else {})
