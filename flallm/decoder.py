@@ -55,7 +55,7 @@ def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np
                 raise BadSample(f"holds features {stored.shape} of {stored.dtype} where {out.shape} of {out.dtype} are to be")
             out[:] = stored[0 if epoch is None or not copies else 1 + epoch % copies]
             return key, meta["text"], ""
-        frames = video.decode(source, resize, stride, max_frames, meta["num_frames"])
+        frames = video.decode(source, resize, stride, max_frames, meta["num_frames"], squeeze=epoch is None)
         if len(frames) != len(out):
             raise BadSample(f"has {len(frames)} frames to use, {len(out)} by the index")
     except (BadSample, *BROKEN) as error:
@@ -63,5 +63,5 @@ def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np
     if epoch is None:
         out[:] = video.centre_crop(frames, crop)
     else:  # one draw a clip, the same whichever rank or worker has it
-        video.random_crop(frames, augment, np.random.default_rng([seed, epoch, crc32(key.encode())]), out)
+        video.random_crop(frames, resize, augment, np.random.default_rng([seed, epoch, crc32(key.encode())]), out)
     return key, meta["text"], ""

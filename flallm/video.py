@@ -14,6 +14,7 @@ from flallm.corpora import open_video, upright
 # In the metadata of a file: every 4th of its frames is a reference frame, so the others need not be decoded for T/4.
 MARK = ("comment", "flallm: a reference frame in 4")
 FRAME_STEP = 4
+ENLARGED = 1.5  # times the size they are squeezed to, frames can still be warped straight from theirs without aliasing that shows
 
 
 @dataclass
@@ -37,24 +38,23 @@ def used_frames(num_frames: np.ndarray, stride: int, max_frames: int) -> np.ndar
     return np.minimum(-(-num_frames // stride), -(-max_frames // stride)).astype(np.int32)
 
 
-def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_frames: int | None = None) -> np.ndarray:
-    """The used frames of a video, squeezed to (N, size, size, 3). With `num_frames` known, no other frame is looked at, and
+def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_frames: int | None = None, squeeze: bool = True) -> np.ndarray:
+    """The used frames of a video, squeezed to (N, size, size, 3); without `squeeze` as they are if they are not much larger. With `num_frames` known, no other frame is looked at, and
     those that nothing depends on are not even decoded. Raises OSError, ValueError or av.FFmpegError for what is no such video."""
     if num_frames is not None:
-        return _decode_at(source, size, positions(num_frames, stride, max_frames), stride)
+        return _decode_at(source, size, positions(num_frames, stride, max_frames), stride, squeeze)
     kept, scaler = [], VideoReformatter()
     with open_video(source) as container:
         for i, frame in enumerate(upright(container.decode(video=0))):
             if i % stride == 0:
-                kept.append(_to_array(frame, size, scaler))
+                kept.append(_to_array(frame, size, size, scaler))
     if not kept:
         raise ValueError("holds no frame")
     return np.stack(kept)[positions(stride * len(kept), stride, max_frames) // stride]
 
 
-def _decode_at(source: bytes | str, size: int, wanted: np.ndarray, stride: int) -> np.ndarray:
-    frames, scaler = np.empty((len(wanted), size, size, 3), np.uint8), VideoReformatter()  # one scaler: it keeps its tables
-    found = 0
+def _decode_at(source: bytes | str, size: int, wanted: np.ndarray, stride: int, squeeze: bool) -> np.ndarray:
+    frames, scaler, found = None, VideoReformatter(), 0  # one scaler: it keeps its tables
     with open_video(source) as container:
         stream = container.streams.video[0]
         # Frames that are skipped do not count, so then the position comes from the time; all frames of such a file are evenly spaced.
@@ -66,15 +66,18 @@ def _decode_at(source: bytes | str, size: int, wanted: np.ndarray, stride: int) 
             if skip:
                 i = round((frame.pts - first) * rate) if frame.pts is not None else -1
             if i == wanted[found]:
-                frames[found] = _to_array(frame, size, scaler)
+                if frames is None:
+                    width, height = (size, size) if squeeze or max(frame.width, frame.height) > ENLARGED * size else (frame.width, frame.height)
+                    frames = np.empty((len(wanted), height, width, 3), np.uint8)
+                frames[found] = _to_array(frame, width, height, scaler)
                 found += 1
                 if found == len(wanted):
                     return frames
     raise ValueError(f"only {found} of {len(wanted)} frames decode")
 
 
-def _to_array(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndarray:
-    return scaler.reformat(frame, size, size, "rgb24", interpolation=Interpolation.BILINEAR).to_ndarray()
+def _to_array(frame: av.VideoFrame, width: int, height: int, scaler: VideoReformatter) -> np.ndarray:
+    return scaler.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR).to_ndarray()
 
 
 def centre_crop(frames: np.ndarray, crop: int) -> np.ndarray:
@@ -83,19 +86,22 @@ def centre_crop(frames: np.ndarray, crop: int) -> np.ndarray:
     return frames[:, a : a + crop, a : a + crop]
 
 
-def random_crop(frames: np.ndarray, augment: Augment, rng: np.random.Generator, out: np.ndarray) -> None:
-    """(N, S, S, 3) -> out (N, crop, crop, 3): rotation, scale, shift and crop, one draw for the whole clip."""
-    size, crop = frames.shape[1], out.shape[1]
+def random_crop(frames: np.ndarray, size: int, augment: Augment, rng: np.random.Generator, out: np.ndarray) -> None:
+    """(N, H, W, 3) -> out (N, crop, crop, 3): squeezing to size x size, rotation, scale, shift and crop in one step, one draw for the
+    whole clip."""
+    (height, width), crop = frames.shape[1:3], out.shape[1]
     draw = rng.random(3) < augment.probability
     angle = draw[0] * rng.uniform(-augment.rotate, augment.rotate)
     scale = 1 + draw[1] * rng.uniform(-augment.scale, augment.scale)
     shift = draw[2] * rng.uniform(-augment.translate, augment.translate, 2) * size / 256
     corner = rng.integers(0, size - crop + 1, 2)
-    if not draw.any():
+    if not draw.any() and height == width == size:
         out[:] = frames[:, corner[1] : corner[1] + crop, corner[0] : corner[0] + crop]
         return
     middle = (size - 1) / 2
     matrix = cv2.getRotationMatrix2D((middle, middle), angle, scale)
     matrix[:, 2] += shift - corner
+    x, y = size / width, size / height
+    matrix = matrix @ np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])  # from the centres of the stored pixels
     for frame, to in zip(frames, out):
         cv2.warpAffine(frame, matrix, (crop, crop), dst=to, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

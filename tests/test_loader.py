@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import hostile_decoder
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_used_frames_are_every_fourth_frame_of_streams_that_others_encode(tmp_pa
     assert meta["num_frames"] == 50
     for data in (path.read_bytes(), shard):
         with av.open(io.BytesIO(data)) as container:
-            every = [video._to_array(f, 48, video.VideoReformatter()) for f in container.decode(video=0)]
+            every = [video._to_array(f, 48, 48, video.VideoReformatter()) for f in container.decode(video=0)]
         for stride, longest in ((4, 300), (4, 24), (3, 300), (1, 300)):
             wanted = np.stack(every)[video.positions(50, stride, longest)]
             assert np.array_equal(video.decode(data, 48, stride, longest, 50), wanted)
@@ -238,3 +239,14 @@ def test_no_process_outlives_a_killed_trainer(clips):
     while left := {p for p in processes if p in (now := children()) and now[p][1] != "Z"}:
         assert time.monotonic() < deadline, f"{left} are left"
         time.sleep(0.1)
+
+
+def test_augmentation_in_one_step_is_squeezing_then_augmenting():
+    y, x = np.mgrid[:260, :210]
+    smooth = np.stack([127 + 100 * np.sin(x / 17 + c) * np.cos(y / 23 - c) for c in range(3)], -1).astype(np.uint8)[None]
+    squeezed = cv2.resize(smooth[0], (256, 256), interpolation=cv2.INTER_LINEAR)[None]
+    for seed in range(20):
+        direct, in_turn = np.empty((2, 1, 224, 224, 3), np.uint8)
+        for frames, out in ((smooth, direct), (squeezed, in_turn)):
+            video.random_crop(frames, 256, video.Augment(), np.random.default_rng(seed), out)
+        assert np.abs(direct.astype(int) - in_turn).mean() < 0.5  # a shift by half a pixel makes it 1.4 and more
