@@ -90,7 +90,7 @@ def _fitting_file(media, options: Options) -> bytes | None:
             or stream.codec_context.pix_fmt != "yuv420p"
             or min(stream.width, stream.height) > options.short_side
             or (options.fps and stream.average_rate != Fraction(options.fps))
-            or any(frame.rotation for frame in (next(container.decode(stream), None),) if frame)
+            or any(frame.side_data.get("DISPLAYMATRIX") for frame in (next(container.decode(stream), None),) if frame)
         ):
             return None
     return Path(media.path).read_bytes()

@@ -10,8 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import hostile_decoder
 import cv2
+import hostile_decoder
 import numpy as np
 import pytest
 import torch
