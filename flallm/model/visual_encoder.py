@@ -42,7 +42,7 @@ class VisualEncoder(nn.Module):
         x = self.backbone(images).pooler_output.flatten(1)  # (F, 512)
         # One convolution over all clips: zeros between them, as many as the kernel reaches, are each clip's own padding.
         pad = self.temporal.kernel_size[0] // 2
-        clip = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(x.device)
+        clip = torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=len(x)).to(x.device)
         place = torch.arange(len(x), device=x.device) + pad * (clip + 1)
         row = x.new_zeros(len(x) + pad * (len(lengths) + 1), x.shape[1]).index_copy(0, place, x)
         x = self.temporal(row.T[None])[0].T[place - pad]  # (F, C)
