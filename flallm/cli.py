@@ -130,6 +130,45 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
 
 
 @SetParseFn(str)
+def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | None = None, clips_per_s: str | None = None, **overrides: str) -> Job:
+    """What a recipe will take on so many GPUs: parameters, memory, steps, hours, communication, decoding, checkpoints, failures. Exit code 1: it does not fit.
+
+    Args:
+        recipe: a built-in name such as phoenix14t, or the path of a YAML file
+        world_size: ranks, one a GPU
+        gpu: a100-40, a100-80, h100-80, h200, or cpu for this machine
+        stage: stage1, stage2 or joint; both stages where it is not given
+        clips_per_s: of the whole job, where they were measured, in place of a computed step; needs --stage
+        overrides: fields of the recipe, as in --train.batch=64
+    """
+    if not world_size.isdecimal() or int(world_size) < 1:
+        raise UserError(f"--world_size: {world_size!r} is not a number of ranks")
+    if clips_per_s and not stage:
+        raise UserError("--clips_per_s belongs to one stage: name it with --stage")
+    stages = [stage] if stage else ["stage1", "stage2"]
+    if stage and stage not in config.STAGES:
+        raise UserError(f"--stage: {stage!r} is none of {', '.join(config.STAGES)}")
+    resolved = [config.load(recipe, name, overrides) for name in stages]
+
+    def work() -> int:
+        from flallm import cost
+
+        devices = cost.DEVICES | {"cpu": cost.here(int(world_size))}
+        if gpu not in devices:
+            raise UserError(f"--gpu: {gpu!r} is none of {', '.join(devices)}")
+        code, device = 0, devices[gpu]
+        for one in resolved:
+            figures = cost.cost(one, int(world_size), device, float(clips_per_s) if clips_per_s else None)
+            print(f"{one.name or recipe} {one.stage} on {world_size} x {device.name}\n{cost.show(figures)}\n")
+            if too_much := cost.advice(figures, device):
+                print(f"{one.stage} {too_much}\n")
+                code = 1
+        return code
+
+    return Job(work)
+
+
+@SetParseFn(str)
 def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> Job:
     """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
 
@@ -202,7 +241,7 @@ def _ranks(timeout: float = 600):
         engine.leave()
 
 
-COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, score, compare, translate)}
+COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, plan, score, compare, translate)}
 
 
 def run(commands: dict[str, Callable], name: str) -> int:

@@ -176,7 +176,7 @@ def start_engine(model: Translator, config: Train, ranks: Ranks):
         optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     else:  # a torch object: naming AdamW in the JSON would compile DeepSpeed's own
         optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
-    settings = _deepspeed_config(config, ranks) | {
+    settings = deepspeed_config(config, ranks.device.type) | {
         # The plan deals in clips; to DeepSpeed a micro-batch on a rank is one unit.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.micro_batches,
@@ -242,14 +242,14 @@ def _partitions(engine) -> Iterator[tuple[str, torch.Tensor, list[tuple]]]:
         yield group["name"], flat, [(name, m.lp_fragment_address, m.hp_fragment_address) for name, m in mapped]
 
 
-def _deepspeed_config(config: Train, ranks: Ranks) -> dict:
-    """The file's content with the overrides put in."""
+def deepspeed_config(config: Train, device: str) -> dict:
+    """The content of the recipe's file for cuda or cpu, with the overrides put in."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     here = Path(__file__).parent
     folder = next(f for f in (here / "ds_configs", here.parent / "ds_configs") if f.is_dir())  # installed, or in the repo
-    path = Path(config.deepspeed) if config.deepspeed else folder / ("zero2.json" if ranks.device.type == "cuda" else "zero2_cpu.json")
+    path = Path(config.deepspeed) if config.deepspeed else folder / ("zero2.json" if device == "cuda" else "zero2_cpu.json")
     try:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:

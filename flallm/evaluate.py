@@ -53,7 +53,9 @@ def check_features(clips: Clips, model: Translator) -> None:
         return
     for field in ("resize", "crop", "stride", "max_frames"):
         if made.get(field) != getattr(clips.data, field):
-            raise UserError(f"{folder} holds features made with data.{field}={made.get(field)}, not {getattr(clips.data, field)}: make them again with flallm features")
+            raise UserError(
+                f"{folder} holds features made with data.{field}={made.get(field)}, not {getattr(clips.data, field)}: make them again with flallm features"
+            )
     if made["copies"] and made.get("augment") != asdict(clips.data.augment):
         raise UserError(f"{folder} holds features of copies augmented in another way than data.augment says: make them again with flallm features")
     if made.get("encoder_sha256") != model.encoder.sha256():

@@ -149,7 +149,9 @@ def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str 
 
 def _samples(clips: list[Clip], encoded: Iterator[tuple[bytes, dict] | str]) -> Iterator[tuple[str, bytes, dict, list] | dict]:
     for clip, result in zip(clips, encoded):
-        yield asdict(LeftOut(clip.key, clip.split, clip.media.source, result)) if isinstance(result, str) else (clip.key, *result, _row(clip)[:-1])  # wherever the corpus lies
+        yield (
+            asdict(LeftOut(clip.key, clip.split, clip.media.source, result)) if isinstance(result, str) else (clip.key, *result, _row(clip)[:-1])
+        )  # wherever the corpus lies
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, bytes, dict, list] | dict], extension: str, made_by: str = "") -> None:

@@ -43,7 +43,9 @@ def one_rank(config, stage2, out: Path) -> None:
     model, _ = evaluate.load_run(out / "stage1", ranks.device)
     with torch.no_grad():
         for epoch, n in ((None, 0), (None, 5), (0, 3), (1, 3), (3, 3)):  # copies of epochs 0 and 1; 3 is seen as 1 is
-            batches = [Clips("train", c, config.seed).batch(model.text, [(e, n)]) for c, e in ((config.data, epoch and epoch % 2), (stage2["fp32"].data, epoch))]
+            batches = [
+                Clips("train", c, config.seed).batch(model.text, [(e, n)]) for c, e in ((config.data, epoch and epoch % 2), (stage2["fp32"].data, epoch))
+            ]
             assert batches[1].frames.ndim == 2
             assert torch.allclose(model(batches[0])[0], model(batches[1])[0], rtol=1e-5, atol=0)
         group = [(None, n) for n in range(4)]

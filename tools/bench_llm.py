@@ -8,6 +8,7 @@ What is compared is measured in turns inside one process, and the medians are di
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -15,12 +16,15 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+from transformers import MBartConfig
+
 from flallm import config as cfg
-from flallm import engine
+from flallm import cost, engine
 from flallm.corpora import synthetic
 from flallm.encode import Options
 from flallm.features import features
-from flallm.loader import Clips, batches
+from flallm.loader import Batch, Clips, batches
 from flallm.model.translator import Translator
 from flallm.pretrain import pretrain
 from flallm.shards import make_shards
@@ -61,7 +65,41 @@ def features_vs_video(out: Path) -> None:
     figure("features_vs_video", speeds["features"] / speeds["shards"], "ratio", detail)
 
 
-FIGURES = {"features_vs_video": features_vs_video}
+MBART = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "vocab_size": 20000}
+# (stage, precision, shape of the language model, used frames of the clips of a micro-batch)
+PLANNED = [
+    ("stage1", "fp32", {"vocab_size": 2500}, [60, 45]),
+    ("stage2", "bf16", {"scale_embedding": True, **MBART}, [60, 45, 30, 30]),
+    ("joint", "fp32", {"scale_embedding": True, **MBART, "encoder_layers": 3, "decoder_layers": 3, "vocab_size": 5000}, [40, 30]),
+]
+
+
+def plan_memory_error(out: Path) -> None:
+    """What `flallm plan` says of a rank's peak, against the peak of a process that does three steps."""
+    errors, detail = [], []
+    for stage, precision, shape, lengths in PLANNED:
+        MBartConfig(**shape).save_pretrained(out)
+        config = cfg.load("phoenix14t", stage, {"llm.path": str(out), "train.precision": precision, "encoder.weights": "none"})
+        text = cost.Words(shape["vocab_size"])
+        planned = cost.memory(config, cost.dry_step(config, text, lengths, 30), 1, cost.here(1)).peak
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            measured = pool.apply(_peak, (config, text, lengths))
+        errors.append(abs(planned - measured) / measured)
+        detail.append(f"{stage} {precision} {planned / 2**30:.2f} planned, {measured / 2**30:.2f} measured")
+    figure("plan_memory_error", max(errors), "share", "GiB: " + "; ".join(detail))
+
+
+def _peak(config: cfg.Config, text: cost.Words, lengths: list[int]) -> int:
+    ranks = engine.join()
+    zero2 = engine.start_engine(Translator(config, text, weights=False).train(), config.train, ranks)
+    frames = torch.randint(0, 255, (sum(lengths), 224, 224, 3), dtype=torch.uint8)
+    for _ in range(3):
+        engine.train_step(zero2, [Batch(frames, torch.tensor(lengths), torch.full((len(lengths), 30), text.end), [], [], [])], ranks)
+    engine.leave()
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+FIGURES = {"features_vs_video": features_vs_video, "plan_memory_error": plan_memory_error}
 
 
 def main(names: list[str]) -> None:

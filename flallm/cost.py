@@ -1,0 +1,455 @@
+"""What a recipe will cost, before it is started: memory, time, communication, decoding, checkpoints, failures; no GPU is touched.
+
+The model is built from its config without any weights and a training step is run on tensors that have shapes and no values
+(PyTorch's fake tensors), under counters of floating-point operations and of living bytes. So sizes are computed, not guessed.
+What they are multiplied with is named in every row, and measured numbers take the place of what is assumed here by `clips_per_s`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from flallm import UserError, engine
+from flallm.config import Config
+from flallm.loader import Batch, Clips
+from flallm.model.translator import Translator
+from flallm.plan import TEXT_COST, Plan
+from flallm.text import Text
+from flallm.video import used_frames
+
+GIB = 2**30
+STEPS = 200  # of the plan that are looked at, evenly spread over an epoch
+TOKEN = 4  # characters
+MFU = 0.20  # [assumed] share of the peak that a step reaches: ResNet-50 on A100 by NVIDIA's published training rates
+HIDDEN = 2 / 3  # of a step's computation is the backward pass, behind which gradients are sent
+SNAPSHOT = 8.0  # [assumed] GB/s from a GPU into the host's memory, while a checkpoint holds training up
+DISK = 1.0  # [assumed] GB/s of a node into a shared file system
+RESTART = 300.0  # [assumed] seconds from a failure to the first step of the next start
+MTBF = 54 * 24 * 16384 / 419  # GPU-hours between interruptions: Llama 3's 419 in 54 days on 16,384 GPUs (Dubey et al. 2024, section 3.3.4)
+LATENCY = 40e-6  # [assumed] seconds of a collective of a few numbers
+DECODE = 1.5e-3  # core-seconds a used frame takes with augmentation, by docs/data.md
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak dense bf16 rate (TFLOP/s), memory (GiB), and what a GPU sends in one direction inside a node and between nodes of 8 (GB/s);
+    from the makers' data sheets."""
+
+    name: str
+    tflops: float
+    gib: float
+    node: float = 0.0
+    network: float = 0.0
+    kind: str = "cuda"
+    context: float = 0.8  # GiB that the process takes before it has a model
+
+
+DEVICES = {
+    "a100-40": Device("A100 40 GB", 312, 40e9 / GIB, 300, 25),
+    "a100-80": Device("A100 80 GB", 312, 80e9 / GIB, 300, 25),
+    "h100-80": Device("H100 80 GB", 989, 80e9 / GIB, 450, 50),
+    "h200": Device("H200", 989, 141e9 / GIB, 450, 50),
+}
+
+# Shapes of models whose folder is not here; what is not named is the default of transformers' config of that type.
+SHAPES = {
+    "facebook/mbart-large-cc25": {"model_type": "mbart", "vocab_size": 250027, "scale_embedding": True},
+    "facebook/mbart-large-50": {"model_type": "mbart", "vocab_size": 250054, "scale_embedding": True},
+    "google/mt5-base": {"model_type": "mt5", "vocab_size": 250112, "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+    "meta-llama/Llama-2-7b-hf": {"model_type": "llama", "vocab_size": 32000},
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is published of a data set's training split: clips, frames of a clip at the percentiles `AT`, characters a frame."""
+
+    clips: int
+    frames: tuple[int, ...]
+    text: float
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """(frames, characters) of as many clips."""
+        rng = np.random.default_rng(0)
+        frames = np.interp(rng.random(self.clips) * 100, AT, self.frames).round().astype(np.int32)
+        return frames, np.maximum(5, frames * self.text * rng.lognormal(0, 0.25, self.clips)).astype(np.int32)
+
+
+AT = (0, 5, 25, 50, 75, 95, 99, 100)
+CORPORA = {
+    "phoenix14t": Corpus(7096, (16, 43, 83, 112, 144, 208, 259, 475), 0.65),  # paper.md's percentiles
+    "csl-daily": Corpus(18401, (30, 60, 90, 115, 150, 220, 290, 500), 0.12),  # [assumed] around 4 s at 30 fps, 16 characters: 20.6 hours of 18,401 clips
+    "web": Corpus(10**7, (10, 35, 70, 115, 185, 340, 550, 1500), 0.5),  # [assumed] 5.8 s a clip
+    "how2sign": Corpus(31165, (15, 40, 95, 160, 260, 500, 760, 2500), 0.5),  # [assumed] around 8 s at 24 and 30 fps
+}
+
+
+class Words:
+    """Stands where a tokenizer does that is not here: sizes and special tokens."""
+
+    start, before, after, pad, end = 0, [], [], 1, 2
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class Live(TorchDispatchMode):
+    """Counts bytes of the tensors that operations make, as long as they live: `now`, and `most` so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def _gone(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+@dataclass
+class Step:
+    """A training step on one micro-batch of one rank, computed without values."""
+
+    parts: dict[str, tuple[int, int]]  # part -> (parameters that train, that are frozen)
+    largest_group: int  # parameters of the largest group of the optimiser
+    norms: int  # BatchNorms that train
+    reduced: int  # bytes of gradients as they are sent
+    flops: int
+    encoder_flops: int
+    activations: int  # bytes at the moment when there are most
+
+
+def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int, features: bool = False) -> Step:
+    """Forward and backward of a micro-batch of clips with so many used frames, texts of so many tokens. features: in place of video."""
+    from deepspeed.runtime.torch_autocast import LOWER_PRECISION_SAFE_MODULES
+
+    frames, labels = torch.tensor(lengths), torch.full((len(lengths), tokens), text.end)
+    config = replace(config, encoder=replace(config.encoder, weights=None, global_batch_norm=False))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Translator(config, text, weights=False).train()
+        for p in model.parameters():
+            if p.requires_grad:  # ZeRO takes a gradient away as soon as it is there
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        frame, dtype = ((config.encoder.channels,), torch.bfloat16) if features else ((config.data.crop, config.data.crop, 3), torch.uint8)
+        video = torch.empty(sum(lengths), *frame, dtype=dtype)
+        live, counter = Live(), FlopCounterMode(display=False)
+        with live, counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+                loss, _ = model(Batch(video, frames, labels, [], [], []))
+            loss.backward()
+    by_module = counter.get_flop_counts()
+    half = (
+        {id(p) for m in model.modules() if type(m) in LOWER_PRECISION_SAFE_MODULES for p in m.parameters(recurse=False)}
+        if config.train.precision == "bf16"
+        else set()
+    )
+    count = {part: [p for p in getattr(model, part).parameters()] for part in ("encoder", "adapter", "language")}
+    groups = engine.parameter_groups(model, config.train)
+    trained = [p for group in groups for p in group["params"]]
+    return Step(
+        {part: tuple(sum(p.numel() for p in params if p.requires_grad is trains) for trains in (True, False)) for part, params in count.items()},
+        max(sum(p.numel() for p in group["params"]) for group in groups),
+        len(engine.moving_statistics(model)) // 3,
+        sum(p.numel() * (2 if id(p) in half else 4) for p in trained),
+        counter.get_total_flops(),
+        sum(by_module.get("Translator.encoder", {}).values()),
+        live.most + video.nbytes,
+    )
+
+
+@dataclass
+class Memory:
+    """Bytes on one rank at the two moments when there are most: in the backward pass, and in the optimiser's update."""
+
+    context: float
+    weights: int
+    master: float  # the optimiser's own copy of the rank's share of what trains
+    moments: float
+    gradients: float  # the rank's share of them
+    bucket: float  # where gradients are put together to be reduced
+    activations: int
+    update: float  # a second copy of gradients, and AdamW's temporaries
+
+    @property
+    def peak(self) -> float:
+        return self.context + self.weights + self.master + self.moments + max(self.bucket + self.gradients + self.activations, self.gradients + self.update)
+
+
+def memory(config: Config, step: Step, world_size: int, device: Device) -> Memory:
+    """ZeRO-2 as DeepSpeed does it, with fp32 weights, master weights and gradients (autocast computes in bf16)."""
+    settings = engine.deepspeed_config(config.train, device.kind)["zero_optimization"]
+    trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
+    share = 4 * trained / world_size
+    offload = settings.get("offload_optimizer", {}).get("device", "none") == "cpu" and device.kind == "cuda"
+    bucket = 4 * min(settings["reduce_bucket_size"], trained) * (2 if settings.get("overlap_comm") else 1)
+    adam = config.train.optimizer == "adamw"
+    return Memory(
+        device.context * GIB,
+        4 * (trained + frozen),
+        0 if offload else share,
+        0 if offload else share * (2 if adam else 1),
+        0 if offload else share * (2 if config.train.micro_batches > 1 else 1),
+        bucket,
+        step.activations,
+        0 if offload else 4 * step.largest_group / world_size * (2 if adam else 1),
+    )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with what it follows from. unit: GiB (the value is in bytes), GB, M, s, % (the value is a share), or what a number counts."""
+
+    section: str
+    name: str
+    value: float
+    unit: str
+    how: str
+
+    def __str__(self) -> str:
+        value, unit = self.value, self.unit
+        if unit == "s":
+            return duration(value)
+        divisor = {"GiB": GIB, "GB": 1e9, "MB": 1e6, "M": 1e6, "%": 0.01}.get(unit, 1)
+        value = value / divisor
+        digits = 0 if float(value).is_integer() or abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 3
+        return f"{value:,.{digits}f} {unit}".strip()
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"
+
+
+def here(world_size: int) -> Device:
+    """A rank of this machine without a GPU."""
+    return Device("CPU", 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / world_size, kind="cpu")
+
+
+def cost(config: Config, world_size: int, device: Device, clips_per_s: float | None = None) -> list[Figure]:
+    """Every figure of one stage. clips_per_s: of the whole job, where it was measured. Raises UserError where the plan has too few clips for the ranks."""
+    return list(_figures(config, world_size, device, clips_per_s, *_lengths(config)))
+
+
+def _lengths(config: Config) -> tuple[np.ndarray, np.ndarray, str, float, bool]:
+    """(used frames, characters of each training clip, where these are from, bytes of a clip or 0, whether the shards hold features)."""
+    try:
+        clips = Clips("train", config.data, config.seed)
+        return (
+            clips.used,
+            clips.shards.index["text_length"],
+            f"as in {config.data.shards}",
+            sum(clips.shards.shard_bytes) / len(clips.used),
+            bool(clips.features),
+        )
+    except UserError as error:
+        if config.name not in CORPORA:
+            raise UserError(f"{error}. Lengths without shards are known of {', '.join(CORPORA)}") from None
+    frames, texts = CORPORA[config.name].lengths()
+    return (
+        used_frames(frames, config.data.stride, config.data.max_frames),
+        texts,
+        f"lengths of {config.name} as published: there are no shards at {config.data.shards}",
+        0.0,
+        False,
+    )
+
+
+def _text(config: Config):
+    """The tokenizer of the recipe, and the recipe; of a known model neither is fetched, and the recipe names a folder that has its shape alone."""
+    shape = SHAPES.get(config.llm.path)
+    if not shape or Path(config.llm.path).exists():
+        return Text(config.llm), config
+    folder = tempfile.mkdtemp(prefix="flallm-plan-")
+    AutoConfig.for_model(**shape).save_pretrained(folder)
+    return Words(shape["vocab_size"]), replace(config, llm=replace(config.llm, path=folder))
+
+
+def _figures(
+    config: Config, N: int, device: Device, clips_per_s: float | None, frames, texts, source: str, clip_bytes: float, features: bool
+) -> Iterator[Figure]:
+    train, n = config.train, len(frames)
+    plan = Plan(
+        frames,
+        texts,
+        train.batch,
+        train.micro_batches,
+        N,
+        config.seed,
+        train.batch_frames,
+        TEXT_COST[config.stage],
+        alike=config.stage == "stage2",
+        pool=train.pool,
+    )
+    epoch_steps = plan.steps(0)
+    steps = train.steps or int(train.epochs * epoch_steps)
+    work, padded, tokens, micro_batches = [], 0, 0, []
+    for step in np.unique(np.linspace(0, epoch_steps - 1, min(STEPS, epoch_steps)).astype(int)):
+        groups = plan.step(0, int(step))
+        work.append([sum(float(frames[part[r]].sum() + plan.text_cost * texts[part[r]].sum()) for part in groups) for r in range(N)])
+        for clips in (clips for part in groups for clips in part):
+            micro_batches.append(clips)
+            padded, tokens = padded + len(clips) * int(texts[clips].max()), tokens + int(texts[clips].sum())
+    balance = float(np.mean([np.mean(w) / max(w) for w in work]))
+    yield Figure("data", "clips", n, "", source)
+    yield Figure(
+        "data",
+        "steps",
+        steps,
+        "",
+        f"{epoch_steps:,} an epoch x {steps / epoch_steps:g} epochs, {n / epoch_steps:.1f} clips a step over all ranks, {n / epoch_steps / N:.1f} each",
+    )
+    yield Figure("data", "balance", balance, "", "mean over steps of (mean / max over ranks of frames + what a text costs in frames)")
+    yield Figure("data", "padding", 1 - tokens / padded, "%", "of target positions")
+
+    text, shaped = _text(config)
+    candidates = {max(micro_batches, key=lambda c: int(frames[c].sum())).tobytes(), max(micro_batches, key=lambda c: len(c) * int(texts[c].max())).tobytes()}
+    kind = micro_batches[0].dtype
+    largest = [np.frombuffer(c, kind) for c in candidates]
+    dry = [dry_step(shaped, text, frames[c].tolist(), int(texts[c].max()) // TOKEN + 2, features) for c in largest]
+    which = int(np.argmax([d.activations for d in dry]))
+    step, clips = dry[which], largest[which]
+    trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
+    yield Figure("parameters", "trained", trained, "M", ", ".join(f"{part} {t / 1e6:.2f}" for part, (t, _) in step.parts.items() if t))
+    yield Figure("parameters", "frozen", frozen, "M", ", ".join(f"{part} {f / 1e6:.2f}" for part, (_, f) in step.parts.items() if f) or "none")
+
+    most = memory(config, step, N, device)
+    zero = f"/ {N} ranks"
+    yield Figure("memory", "weights", most.weights, "GiB", "4 bytes x all parameters: fp32")
+    yield Figure("memory", "master weights", most.master, "GiB", f"4 bytes x trained {zero}" if most.master else "on the host")
+    yield Figure(
+        "memory",
+        "moments",
+        most.moments,
+        "GiB",
+        f"{8 if train.optimizer == 'adamw' else 4} bytes x trained {zero}: {train.optimizer}" if most.moments else "on the host",
+    )
+    yield Figure("memory", "gradients", most.gradients, "GiB", f"4 bytes x trained {zero}")
+    yield Figure("memory", "bucket", most.bucket, "GiB", "where gradients are put together to be sent")
+    yield Figure(
+        "memory",
+        "activations",
+        most.activations,
+        "GiB",
+        f"of the largest micro-batch: {len(clips)} clip{'s' * (len(clips) > 1)}, {frames[clips].sum()} used frames, {train.precision}",
+    )
+    yield Figure("memory", "update", most.update, "GiB", "a copy of the largest group's gradients and the optimiser's temporaries, once activations are gone")
+    yield Figure("memory", "peak", most.peak, "GiB", f"with {device.context} GiB of the process; {device.name}: {device.gib:.1f} GiB")
+
+    used = float(frames.mean()) * n / epoch_steps / N  # frames of a rank's step
+    flops = step.flops / int(frames[clips].sum()) * used
+    encoder = f", {step.encoder_flops / step.flops:.0%} of them the encoder's" if step.encoder_flops else ""
+    yield Figure("computation", "operations", flops / 1e12, "TFLOP", f"a step and rank, {used:.1f} used frames{encoder}")
+    seconds, how = (
+        n / epoch_steps / (clips_per_s or math.inf),
+        f"{clips_per_s:g} clips/s as given" if clips_per_s else "give the --clips_per_s that were measured",
+    )
+    if device.tflops and not clips_per_s:
+        compute = flops / (MFU * device.tflops * 1e12) / balance
+        yield Figure("computation", "time", compute, "s", f"at {MFU:.0%} of {device.tflops:g} TFLOP/s [assumed], on the slowest rank by balance")
+        link, where = 1e9 * (device.node if N <= 8 else device.network), "in the node" if N <= 8 else "a GPU over the network"
+        reduced, gathered = (N - 1) / N * 2 * step.reduced * train.micro_batches, (N - 1) / N * 4 * trained
+        hidden = min(reduced / link, HIDDEN * compute)
+        waits = LATENCY * 2 * step.norms * train.micro_batches * (N > 1) * config.encoder.global_batch_norm
+        exposed = reduced / link - hidden + gathered / link + waits
+        yield Figure(
+            "communication", "gradients", reduced, "GB", f"sent by a rank a step: all-reduce in a ring, {step.reduced / trained:.1f} bytes a parameter"
+        )
+        yield Figure("communication", "weights", gathered, "GB", "sent by a rank a step: all-gather of what ranks have updated, fp32")
+        yield Figure("communication", "hidden", hidden, "s", f"behind the backward pass, 2/3 of the computation, at {link / 1e9:g} GB/s {where}")
+        yield Figure(
+            "communication",
+            "exposed",
+            exposed,
+            "s",
+            f"the other gradients, all weights, and {step.norms} BatchNorms over ranks, twice {LATENCY * 1e6:.0f} us each [assumed]",
+        )
+        seconds = compute + exposed
+        how = f"computation + exposed communication: {n / epoch_steps / seconds:.1f} clips/s, ranks compute {compute * balance / seconds:.0%} of the time"
+    if seconds:
+        yield Figure("time", "step", seconds, "s", how)
+        yield Figure("time", "run", steps * seconds, "s", "all steps; looks at the dev split not counted")
+
+    if not features and seconds:
+        cores = used / seconds * DECODE
+        yield Figure(
+            "reading",
+            "decoding cores",
+            cores,
+            "a GPU",
+            f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/data.md); data.workers is {config.data.workers}",
+        )
+    if clip_bytes and seconds:
+        yield Figure("reading", "bytes", clip_bytes * n / epoch_steps / seconds / 1e6, "MB/s", f"by all ranks: {clip_bytes / 1e3:.0f} kB a clip")
+
+    moments = most.moments * N or (8 if train.optimizer == "adamw" else 4) * trained
+    size = 4 * (trained + frozen) + moments
+    blocked = (4 * (trained + frozen) + moments / N) / (SNAPSHOT * 1e9)
+    yield Figure("checkpoints", "size", size, "GiB", "weights and moments, fp32")
+    yield Figure(
+        "checkpoints",
+        "holds up",
+        blocked,
+        "s",
+        f"rank 0 copies all weights and its share at {SNAPSHOT:g} GB/s [assumed]; written behind the steps at {DISK:g} GB/s [assumed] in {duration(size / DISK / 1e9)}",
+    )
+    mtbf = MTBF / N * 3600
+    best = math.sqrt(2 * blocked * mtbf)
+    yield Figure("failures", "mean time between", mtbf, "s", f"{MTBF:,.0f} GPU-hours (Llama 3) / {N}")
+    yield Figure("failures", "best interval", best, "s", "sqrt(2 x holds up x mean time between): Young and Daly")
+    given = config.checkpoint.minutes * 60 or best
+    for name, interval in (("lost at best", max(best, size / DISK / 1e9)), ("lost as set", given)):
+        yield Figure(
+            "failures",
+            name,
+            blocked / interval + interval / 2 / mtbf + RESTART / mtbf,
+            "%",
+            f"of the time, a checkpoint every {duration(interval)}: writing + redoing + {RESTART:g} s to start again [assumed]",
+        )
+
+
+def advice(figures: list[Figure], device: Device) -> str:
+    """What to change where the peak is over the device's memory; nothing where it fits."""
+    sizes = {f.name: f.value for f in figures if f.section == "memory"}
+    if sizes["peak"] <= device.gib * GIB:
+        return ""
+    state = sizes["weights"] + sizes["master weights"] + sizes["moments"] + sizes["gradients"] + sizes["update"]
+    if sizes["activations"] > state:
+        how = "raise train.micro_batches, bound train.batch_frames, or set llm.gradient_checkpointing=true"
+    else:
+        how = "train low-rank updates with llm.lora.rank=16, keep the optimiser on the host with train.deepspeed=ds_configs/zero2_offload.json, trim the vocabulary, or take more ranks"
+    return f"does not fit: {sizes['peak'] / GIB:.1f} GiB of {device.gib:.1f}; {how}"
+
+
+def show(figures: list[Figure]) -> str:
+    """A row a figure."""
+    sections = [""] + [f.section for f in figures]
+    return "\n".join(f"{f.section if f.section != before else '':14}{f.name:18}{f!s:>14}   {f.how}" for f, before in zip(figures, sections))
