@@ -22,6 +22,11 @@ from flallm import UserError
 from flallm.video import Augment
 
 STAGES = ("stage1", "stage2", "joint")
+CHOICES = {
+    "train.optimizer": ("sgd", "adamw"),
+    "train.precision": ("bf16", "fp32"),
+    "train.frozen": ("nothing", "backbone", "encoder", None),
+}
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Train:
     clip: float = 1.0  # largest norm of the gradient
     label_smoothing: float = 0.2  # [P]
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
+    frozen: str | None = None  # nothing | backbone | encoder (that is backbone and temporal module); none: the encoder in stage 2, else nothing
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
     deepspeed: str | None = None  # a DeepSpeed JSON file; none: ds_configs/zero2.json, without a GPU zero2_cpu.json
     deepspeed_overrides: dict = field(default_factory=dict)  # fields of that file, as in {zero_optimization: {reduce_bucket_size: 2e8}}
@@ -127,6 +133,11 @@ class Config:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     decode: Decode = field(default_factory=Decode)
+
+    @property
+    def frozen(self) -> str:
+        """What of the encoder does not train: nothing, backbone or encoder."""
+        return self.train.frozen or ("encoder" if self.stage == "stage2" else "nothing")
 
 
 def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) -> Config:
@@ -185,10 +196,9 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         for parent in parents:
             target = getattr(target, parent)
         setattr(target, leaf, _coerce(value, typing.get_type_hints(type(target))[leaf], f"--{name}"))
-    if config.train.optimizer not in ("sgd", "adamw"):
-        raise UserError(f"train.optimizer: {config.train.optimizer!r} is neither sgd nor adamw")
-    if config.train.precision not in ("bf16", "fp32"):
-        raise UserError(f"train.precision: {config.train.precision!r} is neither bf16 nor fp32")
+    for name, choices in CHOICES.items():
+        if (value := flat(config)[name]) not in choices:
+            raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
     if config.data.crop > config.data.resize:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
     for name in (

@@ -286,9 +286,10 @@ class Step:
     applied: bool
     flags: list[float]
     seconds: float  # that this rank computed without waiting for others, as far as can be told: the forward passes
+    norms: dict[str, float]  # see `layer_norms`; only where they are asked for
 
 
-def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float, most: float | None = None) -> Step:
+def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float, most: float | None = None, norms: bool = False) -> Step:
     """One optimiser step on this rank's micro-batches.
 
     The gradient is that of the mean over all target tokens of the step, wherever they are: DeepSpeed averages over
@@ -299,7 +300,7 @@ def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float, most: 
     before = [t.clone() for t in moving]
     all_tokens, *flags = ranks.sum(tokens, *flags)
     factor = ranks.world_size * len(batches) / max(1.0, all_tokens)
-    total, seconds, mean = 0.0, 0.0, math.nan
+    total, seconds, mean, found = 0.0, 0.0, math.nan, {}
     for number, batch in enumerate(batches, 1):
         began = time.monotonic()
         objective, loss = engine(batch.to(ranks.device))
@@ -310,12 +311,27 @@ def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float, most: 
             if mean > most:
                 factor = math.nan  # and so every rank leaves the step out
         engine.backward(objective * factor)
+        if norms and number == len(batches):
+            found = layer_norms(engine, ranks)
         engine.step()
     applied = not engine.optimizer.overflow
     if not applied:
         for tensor, value in zip(moving, before):
             tensor.copy_(value)
-    return Step(float(total), tokens, mean, applied, flags, seconds)
+    return Step(float(total), tokens, mean, applied, flags, seconds, found)
+
+
+def layer_norms(engine, ranks: Ranks) -> dict[str, float]:
+    """Norms of gradient and parameters of the last layer of the encoder and of the language model, between backward and step: the paper's
+    analysis of which of the two dominates (Fig. 2). Under ZeRO each rank holds a share of both, so it is their squares that are added up."""
+    layers = engine.module.last_layers()
+    squares = []
+    for layer in layers.values():
+        shares = [(p._hp_mapping, p._index_in_param_group) for p in layer.parameters() if p.requires_grad and p._hp_mapping is not None]
+        for tensors in ([m.get_lp_grad_fragment(i) for m, i in shares], [m.get_hp_fragment() for m, _ in shares]):
+            squares.append(sum(float(t.detach().double().square().sum()) for t in tensors))
+    names = [f"{what}_norm/{part}" for part in layers for what in ("grad", "param")]
+    return {name: math.sqrt(square) for name, square in zip(names, ranks.sum(*squares))}
 
 
 def moving_statistics(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -46,7 +46,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     Stage 2 takes its encoder from the best checkpoint of the run `stage1`. Exits with `AGAIN` after a signal to stop, once all is saved.
     """
     clips, _ = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
-    if clips.features and config.stage != "stage2":
+    if clips.features and config.frozen != "encoder":
         raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
     text, plan = Text(config.llm), make_plan(config, clips, ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
@@ -73,7 +73,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
             engines.set_learning_rates(engine, config.train, schedule(config.train, state.step - 1, total))
             most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
-            step = engines.train_step(engine, micro_batches, ranks, asked.stop, writer.written, writer.due() and ranks.first, most=most)
+            flags = (asked.stop, writer.written, writer.due() and ranks.first)
+            step = engines.train_step(engine, micro_batches, ranks, *flags, most=most, norms=log.is_due())
             log.step(step, micro_batches)
             stop, written, due = step.flags
             if state.skipped_in_a_row == config.train.max_skipped:
@@ -100,13 +101,20 @@ def newest(config: Config, run: Path, ranks: Ranks, data: dict) -> tuple[Path, d
     found = checkpoint.newest_good(run, ranks)
     if not found:
         return None
-    theirs, mine = found[1]["config"], json.loads(json.dumps(cfg.flat(config)))
-    differing = [f"{name} was {theirs.get(name)} and is {value}" for name, value in mine.items() if theirs.get(name) != value and not name.startswith(FREE)]
+    check_same(found[1]["config"], config, run)
     if found[1]["data"] != data:
-        differing.append(f"data.shards had {found[1]['data']['clips']} clips and has {data['clips']}, or others")
+        raise UserError(
+            f"{run} was begun with other data: data.shards had {found[1]['data']['clips']} clips and has {data['clips']}, or others. Name another --run_dir"
+        )
+    return found
+
+
+def check_same(theirs: dict[str, object], config: Config, run: Path) -> None:
+    """Refuses a recipe that is another than the one, {"a.b": value}, that a run was begun with."""
+    theirs, mine = (json.loads(json.dumps(values)) for values in (cfg.flat(Config()) | theirs, cfg.flat(config)))  # a field may be younger than the run
+    differing = [f"{name} was {theirs[name]} and is {value}" for name, value in mine.items() if theirs[name] != value and not name.startswith(FREE)]
     if differing:
         raise UserError(f"{run} was begun with another recipe: {'; '.join(differing)}. Name another --run_dir, or go on with what it was")
-    return found
 
 
 def give_up(writer: Writer, log: Log, why: str) -> None:
@@ -120,7 +128,7 @@ def make_plan(config: Config, clips: Clips, world_size: int) -> Plan:
     texts, train = clips.shards.index["text_length"], config.train
     return Plan(
         clips.used, texts, train.batch, train.micro_batches, world_size, config.seed, train.batch_frames, TEXT_COST[config.stage],
-        alike=config.encoder.global_batch_norm or config.stage == "stage2",  # frozen there
+        alike=config.encoder.global_batch_norm or config.frozen == "encoder",
         pool=train.pool,
     )  # fmt: skip
 
@@ -202,6 +210,10 @@ class Log:
     def __exit__(self, *_) -> None:
         self.timers["waiting"] += time.monotonic() - self._entered
 
+    def is_due(self) -> bool:
+        """Whether this step is one that is written down."""
+        return self.state.step % self.config.train.log_every == 0 or self.state.step == self.total
+
     def step(self, done: Step, micro_batches: list) -> None:
         if bad := [sample for batch in micro_batches for sample in batch.bad]:
             note_bad_samples(self.run, bad)
@@ -214,7 +226,7 @@ class Log:
                 self.state.sums[name] += value
         else:
             self._skipped(done, micro_batches)
-        if self.state.step % self.config.train.log_every and self.state.step != self.total:
+        if not self.is_due():
             return
         busy = self.timers["waiting"] + self.timers["computing"]
         sums = self.ranks.sum(*self.state.sums.values(), self.timers["waiting"], *(busy * (r == self.ranks.rank) for r in range(self.ranks.world_size)))
@@ -225,7 +237,7 @@ class Log:
         factor = schedule(self.config.train, self.state.step - 1, self.total)
         values = {"loss": loss / max(1, tokens), "clips_per_s": clips / seconds, "data_wait_share": waiting / seconds / self.ranks.world_size}
         values |= {f"lr_{part}": factor * getattr(self.config.train, f"lr_{part}") for part in ("encoder", "adapter", "language")}
-        values |= {"skipped": self.state.skipped}
+        values |= {"skipped": self.state.skipped} | (done.norms if done.applied else {})
         self.state.sums, self.timers = dict.fromkeys(self.state.sums, 0.0), dict.fromkeys(self.timers, 0.0)
         self.last = now
         self._write(values)

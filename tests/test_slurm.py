@@ -47,6 +47,12 @@ def submit(cluster: Cluster, folder: Path, nodes: str, *arguments: str) -> str:
     return cluster.ask("sbatch", "--parsable", *options, str(ROOT / "slurm/stage1.sh"), *arguments, f"--run_dir={folder}/run").strip()
 
 
+@pytest.mark.parametrize("name", ["phoenix14t", "csl-daily", "how2sign"])
+def test_slurm_would_take_both_stages_of_the_papers_recipes(cluster, name):
+    for stage, *more in (("stage1",), ("stage2", "--stage1=/run")):
+        cluster.ask("sbatch", "--test-only", "--gpus-per-node=0", "--cpus-per-task=16", str(ROOT / f"slurm/{stage}.sh"), name, "--data.shards=/shards", *more)
+
+
 def losses(run: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")] if (run / "metrics.jsonl").exists() else []
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 1 + sum("loss" in r for r in rows)))  # none twice

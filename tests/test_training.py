@@ -19,6 +19,7 @@ from flallm.text import Text
 from flallm.train import make_plan, train
 
 PLAIN_SGD = {"train.optimizer": "sgd", "train.momentum": 0, "train.lr_encoder": 0.1, "train.lr_adapter": 0.1, "train.lr_language": 0.1}
+STEPS = ("step1", "step4", "joint1")
 GLOBAL = {"encoder.global_batch_norm": True, "train.batch": 12}
 
 
@@ -36,13 +37,14 @@ def one_zero2_step(config, out: Path) -> None:
     assert bucket is None or zero.optimizer.reduce_bucket_size == bucket
     plan = make_plan(config, clips, ranks.world_size)
     batches = [clips.batch(model.text, [(0, int(n)) for n in part[ranks.rank]]) for part in plan.step(0, 0)]
-    engine.train_step(zero, batches, ranks)
+    step = engine.train_step(zero, batches, ranks, norms=True)
     if ranks.first:
+        out.with_suffix(".json").write_text(json.dumps(step.norms))
         save_file({k: v.clone() for k, v in model.state_dict().items()}, out)
 
 
 def two_ranks(configs: dict, out: Path) -> None:
-    for name in ("step1", "step4"):
+    for name in STEPS:
         one_zero2_step(configs[name], out / f"{name}.safetensors")
     ranks = engine.join()
     train(configs["stage1"], out / "stage1", ranks)
@@ -80,6 +82,7 @@ def runs(shards, llm, tmp_path_factory):
     configs = {
         "step1": make("stage1", **PLAIN_SGD, **GLOBAL),
         "step4": make("stage1", **PLAIN_SGD, **GLOBAL, **{"train.micro_batches": 4, "train.deepspeed_overrides.zero_optimization.reduce_bucket_size": "5e3"}),
+        "joint1": make("joint", **PLAIN_SGD, **GLOBAL, **{"llm.dropout": 0}),
         "stage1": make("stage1", **short),
         "stage2": make("stage2", **short),
         "overfit": make("stage1", out / "eight", **overfit, **{"train.dev_every": 130}),
@@ -89,7 +92,7 @@ def runs(shards, llm, tmp_path_factory):
     return configs, out
 
 
-@pytest.mark.parametrize("name", ["step1", "step4"])
+@pytest.mark.parametrize("name", STEPS)
 def test_weights_after_a_zero2_step_on_two_ranks_are_those_of_plain_pytorch_on_the_global_batch(runs, name):
     configs, out = runs
     model, clips = model_and_clips(configs[name])
@@ -98,6 +101,12 @@ def test_weights_after_a_zero2_step_on_two_ranks_are_those_of_plain_pytorch_on_t
     tokens = sum(batch.tokens for batch in batches)
     for batch in batches:
         (model(batch)[0] / tokens).backward()
+    norms = {}
+    for part, layer in (("encoder", model.encoder.temporal), ("llm", model.language.get_decoder().layers[-1])):
+        for kind in ("grad", "param"):
+            tensors = [p.grad if kind == "grad" else p for p in layer.parameters()]
+            norms[f"{kind}_norm/{part}"] = torch.cat([t.detach().flatten().double() for t in tensors]).norm().item()
+    assert json.loads((out / f"{name}.json").read_text()) == pytest.approx(norms, rel=1e-5)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
@@ -130,6 +139,14 @@ def test_stage_2_leaves_every_tensor_and_buffer_of_the_encoder_as_it_was(runs):
     assert any("running_var" in name for name in names)
     assert all(torch.equal(before[name], after[name]) for name in names)
     assert {n for n in after if n.startswith("encoder.")} == set(names)
+
+
+def test_a_run_logs_how_the_last_layers_of_encoder_and_language_model_learn(runs):
+    _, out = runs
+    norms = {f"{kind}_norm/{part}" for kind in ("grad", "param") for part in ("encoder", "llm")}
+    assert all(norms <= row.keys() and min(row[n] for n in norms) > 0 for row in lines(out / "stage1/metrics.jsonl") if "loss" in row)
+    frozen = [row for row in lines(out / "stage2/metrics.jsonl") if "loss" in row]
+    assert all(row["grad_norm/llm"] > 0 and "grad_norm/encoder" not in row for row in frozen)
 
 
 def test_every_clip_is_evaluated_once_and_the_run_folder_is_whole(runs):

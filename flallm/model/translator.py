@@ -32,14 +32,13 @@ class Translator(nn.Module):
         self.word_loss = config.train.word_loss
         if self.word_loss:
             self.words = nn.Linear(C, len(text))
-        if config.stage == "stage2":
-            self.encoder.freeze()
+        self.encoder.freeze(config.frozen)
 
     def features(self, batch: Batch) -> torch.Tensor:
         """Sign-wise features (F, C)."""
         if batch.frames.ndim == 2:  # made before, by `flallm features`
             return batch.frames.float()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder.frozen != "encoder"):
             return self.encoder(batch.frames, batch.lengths)
 
     def _read(self, features: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -71,6 +70,12 @@ class Translator(nn.Module):
             tokens = tokens[(tokens != IGNORE) & (tokens != self.text.end)]
             total = total - (frames[:, tokens].logsumexp(0) - math.log(len(frames))).sum()
         return total
+
+    def last_layers(self) -> dict[str, nn.Module]:
+        """The last layer of the encoder and of the language model, where anything of it trains."""
+        stacks = [m for name, m in self.language.named_modules() if isinstance(m, nn.ModuleList) and not any(part.isdigit() for part in name.split("."))]
+        layers = {"encoder": self.encoder.temporal, "llm": stacks[-1][-1]}  # of a decoder, where there is an encoder before it
+        return {name: layer for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
 
     @torch.no_grad()
     def translate(self, batch: Batch, decode: Decode) -> list[str]:

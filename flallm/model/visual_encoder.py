@@ -25,7 +25,7 @@ class VisualEncoder(nn.Module):
 
     def __init__(self, config: Encoder):
         super().__init__()
-        self.frozen = False
+        self.frozen = "nothing"
         resnet = ResNetConfig(embedding_size=config.stem, hidden_sizes=list(config.widths), depths=list(config.depths), layer_type="basic")
         self.backbone = ResNetModel(resnet)
         if config.weights:
@@ -37,9 +37,13 @@ class VisualEncoder(nn.Module):
         if config.global_batch_norm:
             use_global_batch_norm(self)
 
-    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def frame_wise(self, frames: torch.Tensor) -> torch.Tensor:
+        """The backbone's features (F, 512)."""
         images = (frames.permute(0, 3, 1, 2) - self.mean) / self.std  # (F, 3, H, W), channels last in memory
-        x = self.backbone(images).pooler_output.flatten(1)  # (F, 512)
+        return self.backbone(images).pooler_output.flatten(1)
+
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        x = self.frame_wise(frames)
         # One convolution over all clips: zeros between them, as many as the kernel reaches, are each clip's own padding.
         pad = self.temporal.kernel_size[0] // 2
         clip = torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=len(x)).to(x.device)
@@ -55,13 +59,17 @@ class VisualEncoder(nn.Module):
             digest.update(name.encode() + np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
         return digest.hexdigest()
 
-    def freeze(self) -> None:
-        """Frozen for good: no gradients, and BatchNorms stay in eval mode whatever calls `train()`."""
-        self.frozen = True
-        self.requires_grad_(False).eval()
+    def freeze(self, what: str) -> None:
+        """Frozen for good, nothing, backbone or encoder: no gradients, and BatchNorms stay in eval mode whatever calls `train()`."""
+        self.frozen = what
+        if what != "nothing":
+            (self.backbone if what == "backbone" else self).requires_grad_(False)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> VisualEncoder:
-        return super().train(mode and not self.frozen)
+        super().train(mode and self.frozen != "encoder")
+        self.backbone.train(mode and self.frozen == "nothing")
+        return self
 
 
 def use_global_batch_norm(module: nn.Module) -> None:
