@@ -306,7 +306,7 @@ def _figures(
         config.seed,
         train.batch_frames,
         TEXT_COST[config.stage],
-        alike=config.stage == "stage2",
+        alike=config.encoder.global_batch_norm or config.frozen == "encoder",
         pool=train.pool,
     )
     epoch_steps = plan.steps(0)
