@@ -26,6 +26,7 @@ CHOICES = {
     "train.optimizer": ("sgd", "adamw"),
     "train.precision": ("bf16", "fp32"),
     "train.frozen": ("nothing", "backbone", "encoder", None),
+    "llm.input": ("signs", "frames", "light_t"),
 }
 
 
@@ -68,6 +69,8 @@ class LLM:
     path: str = "facebook/mbart-large-cc25"  # [P] a folder or hub name in Hugging Face layout; its tokenizer serves stage 1 too
     language: str | None = None  # target language code of a multilingual model, such as de_DE
     dropout: float = 0.3  # [I]
+    input: str = "signs"  # what it reads in stage 2: signs (sign-wise features) | frames (the backbone's) | light_t (hidden states of Light-T's encoder)
+    random: bool = False  # the model's shape with random weights in place of the pre-trained ones
 
 
 @dataclass
@@ -182,6 +185,11 @@ def from_options(cls, options: dict[str, str]):
     return from_dict(cls, options, "options")
 
 
+def override_fields(instance, values: dict[str, object], where: str):
+    """A flat dataclass with other values."""
+    return from_dict(type(instance), vars(instance) | values, where)
+
+
 def override(config: Config, overrides: dict[str, object]) -> Config:
     """The config with `{"a.b": value}` put in."""
     known = [name for name in flat(config) if name != "stage"]
@@ -199,6 +207,8 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
     for name, choices in CHOICES.items():
         if (value := flat(config)[name]) not in choices:
             raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
+    if config.stage == "joint" and config.llm.input != "signs":
+        raise UserError(f"llm.input: {config.llm.input} is for stage 2, joint trains on signs")
     if config.data.crop > config.data.resize:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
     for name in (

@@ -51,6 +51,8 @@ def check_features(clips: Clips, model: Translator) -> None:
     made, folder = clips.features, clips.shards.folder
     if not made:
         return
+    if model.input == "frames":
+        raise UserError(f"{folder} holds sign-wise features: llm.input=frames needs shards of video")
     for field in ("resize", "crop", "stride", "max_frames"):
         if made.get(field) != getattr(clips.data, field):
             raise UserError(

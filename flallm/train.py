@@ -141,11 +141,14 @@ def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None
     if not path.is_file():
         raise UserError(f"--stage1: {stage1} is no run folder (no config.yaml)")
     theirs = cfg.from_dict(Config, cfg.read_yaml(path), str(path))
-    for name in ("encoder", "data.resize", "data.crop", "data.stride"):
+    for name in ("encoder", "data.resize", "data.crop", "data.stride", *(["light_t"] if model.input == "light_t" else [])):
         for field, value in cfg.flat(config).items():
             if field.startswith(name) and field != "encoder.weights" and cfg.flat(theirs)[field] != value:
                 raise UserError(f"{field} is {value} here but {cfg.flat(theirs)[field]} in {stage1}: the encoder would see something else")
-    checkpoint.load(stage1, model, "encoder")
+    checkpoint.load(stage1, model.encoder, "encoder.")
+    if model.input == "light_t":
+        checkpoint.load(stage1, model.light_t.adapter, "adapter.")
+        checkpoint.load(stage1, model.light_t.encoder, "language.model.encoder.")
 
 
 def schedule(config: Train, step: int, total: int) -> float:

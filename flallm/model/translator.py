@@ -11,10 +11,15 @@ from transformers import GenerationConfig
 
 from flallm.config import Config, Decode
 from flallm.loader import IGNORE, Batch
-from flallm.model.light_t import light_t
+from flallm.model.light_t import HiddenStates, light_t
 from flallm.model.llm import load_llm
 from flallm.model.visual_encoder import VisualEncoder
 from flallm.text import Text
+
+
+def adapter(channels: int, width: int) -> nn.Sequential:
+    """[P] One hidden layer."""
+    return nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, width))
 
 
 class Translator(nn.Module):
@@ -25,21 +30,26 @@ class Translator(nn.Module):
         self.text, self.label_smoothing = text, config.train.label_smoothing
         self.encoder = VisualEncoder(config.encoder)
         self.language = light_t(config.light_t, text) if config.stage == "stage1" else load_llm(config.llm, weights)
-        C, D = config.encoder.channels, self.language.config.d_model
+        D, self.input = self.language.config.d_model, config.llm.input if config.stage == "stage2" else "signs"
+        C = {"signs": config.encoder.channels, "frames": config.encoder.widths[-1], "light_t": config.light_t.width}[self.input]
+        if self.input == "light_t":
+            self.light_t = HiddenStates(adapter(config.encoder.channels, C), config.light_t, text)
         # The adapter's output takes the place of the word embeddings, which mBART scales before it adds positions.
         self.scale = math.sqrt(D) if self.language.config.scale_embedding else 1.0
-        self.adapter = nn.Sequential(nn.Linear(C, D), nn.ReLU(), nn.Linear(D, D))  # [P] one hidden layer, C -> D
+        self.adapter = adapter(C, D)
         self.word_loss = config.train.word_loss
         if self.word_loss:
             self.words = nn.Linear(C, len(text))
         self.encoder.freeze(config.frozen)
 
     def features(self, batch: Batch) -> torch.Tensor:
-        """Sign-wise features (F, C)."""
-        if batch.frames.ndim == 2:  # made before, by `flallm features`
-            return batch.frames.float()
+        """What the adapter reads (F, C): sign-wise features, unless `llm.input` says otherwise."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder.frozen != "encoder"):
-            return self.encoder(batch.frames, batch.lengths)
+            if self.input == "frames":
+                return self.encoder.frame_wise(batch.frames)
+            made = batch.frames.ndim == 2  # before, by `flallm features`
+            signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths)
+            return self.light_t(signs, batch.lengths) if self.input == "light_t" else signs
 
     def _read(self, features: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the language model reads: embeddings (B, N, D), and a mask (B, N) of those that are not padding."""
