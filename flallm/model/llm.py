@@ -22,6 +22,8 @@ def load_llm(config: LLM, weights: bool = True) -> MBartForConditionalGeneration
         shape = AutoConfig.from_pretrained(config.path, **options)
         if shape.model_type != "mbart":
             raise UserError(f"llm.path: {config.path} is a {shape.model_type} model; stage 2 takes mbart")
-        return MBartForConditionalGeneration.from_pretrained(config.path, config=shape) if weights and not config.random else MBartForConditionalGeneration(shape)
+        return (
+            MBartForConditionalGeneration.from_pretrained(config.path, config=shape) if weights and not config.random else MBartForConditionalGeneration(shape)
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"llm.path: no model can be loaded from {Path(config.path)}: {str(error).splitlines()[0]}") from None
