@@ -22,6 +22,7 @@ from flallm import UserError, metrics, results
 from flallm import config as cfg
 from flallm.config import Config
 
+TABLES = Path(__file__).parent / "tables.yaml"
 SPLIT = "test"
 RESAMPLES = 1000  # of the bootstrap
 SEED = 12345  # of the bootstrap, sacreBLEU's
@@ -48,7 +49,7 @@ class Study:
     """A table of a recipe: its runs, what of them is done, and what comes out."""
 
     def __init__(self, recipe: str, table: str, seeds: int, rows: list[str], overrides: dict[str, object], out: Path):
-        tables = cfg.read_yaml(Path(__file__).parent / "tables.yaml")
+        tables = cfg.read_yaml(TABLES)
         every = tables.pop("every")
         if table not in tables:
             raise UserError(f"--table: there is no table {table!r} but {', '.join(tables)}")
@@ -121,7 +122,7 @@ class Study:
 
     @property
     def title(self) -> str:
-        return f"{'Figure ' + self.name[3:] if self.name.startswith('fig') else 'Table ' + self.name}. {self.table['title']}"
+        return f"{'Figure ' + self.name[3:] if self.name.startswith('fig') else 'Table ' + self.name if self.name.isdigit() else 'Past the paper'}. {self.table['title']}"
 
     @property
     def stem(self) -> Path:
@@ -178,7 +179,7 @@ class Study:
         from flallm import plots
 
         result = self.result()
-        stem, text = self.stem, markdown(result)
+        stem, text = self.stem, f"{markdown(result)}\n![{self.title}]({self.stem.name}.png)\n"
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1))
         stem.with_suffix(".md").write_text(text)
         if self.name == "fig2":

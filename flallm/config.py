@@ -92,6 +92,8 @@ class Train:
     clip: float = 1.0  # largest norm of the gradient
     label_smoothing: float = 0.2  # [P]
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
+    mask_frames: int = 0  # in stage 2: SpecAugment's two masks over up to so many of a clip's features in a row, set to 0 in training …
+    mask_channels: int = 0  # … and two over up to so many channels
     frozen: str | None = None  # nothing | backbone | encoder (that is backbone and temporal module); none: the encoder in stage 2, else nothing
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
     deepspeed: str | None = None  # a DeepSpeed JSON file; none: ds_configs/zero2.json, without a GPU zero2_cpu.json

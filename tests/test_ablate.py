@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from flallm import ablate, checkpoint, engine
 from flallm import config as cfg
-from flallm.ablate import Study
+from flallm.ablate import TABLES, Study
 from flallm.loader import Clips
 from flallm.model.translator import Translator
 from flallm.text import Text
@@ -57,6 +57,11 @@ DIFFERENCES = {
         "mBART": ("stage2", {}, {}),
         "mT5-Base": ("stage2", T5, T5),
     },
+    "masks": {
+        "none": ("stage2", {}, {}),
+        "frames": ("stage2", {"train.mask_frames": 5}, {}),
+        "frames and channels": ("stage2", {"train.mask_frames": 5, "train.mask_channels": 16}, {}),
+    },
     "fig2": {"joint training": ("joint", {}, None), "stage 1": ("stage1", {}, None)},
     "fig4": {
         "1/3": ("stage2", {}, {"train.epochs": 25}),
@@ -70,6 +75,10 @@ DIFFERENCES = {
 def differences(config: cfg.Config) -> dict:
     usual = cfg.flat(cfg.load("phoenix14t", config.stage)) | {"train.log_every": 10}
     return {name: value for name, value in cfg.flat(config).items() if usual[name] != value}
+
+
+def test_every_table_is_listed_here():
+    assert DIFFERENCES.keys() | {"every"} == cfg.read_yaml(TABLES).keys()
 
 
 @pytest.mark.parametrize("table", DIFFERENCES)

@@ -98,6 +98,18 @@ def test_stage_2_loads_the_pretrained_model_and_keeps_its_encoder_frozen(small):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.language.state_dict().items())
 
 
+def test_masks_hide_stretches_and_channels_of_each_clip_in_training_alone(small):
+    config = small("stage2", {"train.mask_frames": 5, "train.mask_channels": 9})
+    model = Translator(config, Text(config.llm)).train()
+    lengths = torch.tensor([40, 60])
+    features = torch.ones(100, 32)
+    hidden = torch.stack([model._masked(features, lengths) == 0 for _ in range(20)])  # (20, 100, 32)
+    rows, columns = hidden.all(-1), [part.all(1) for part in hidden.split(lengths.tolist(), 1)]
+    assert 0 < max(rows[:, :40].sum(1)) <= 10 and 0 < max(rows[:, 40:].sum(1)) <= 10 and max(c.sum(1).max() for c in columns) <= 18
+    assert not torch.equal(columns[0], columns[1])  # each clip has its own
+    assert model.eval()._masked(features, lengths) is features
+
+
 def test_the_adapter_stands_where_word_embeddings_stood(small):
     """Word embeddings fed through the adapter's place give mBART's own outputs: scale, positions and LayerNorm as for words."""
     config = small("stage2")

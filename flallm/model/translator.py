@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchaudio.transforms import FrequencyMasking, TimeMasking
 from transformers import GenerationConfig
 
 from flallm.config import Config, Decode
@@ -41,6 +42,8 @@ class Translator(nn.Module):
         if self.word_loss:
             self.words = nn.Linear(C, len(text))
         self.encoder.freeze(config.frozen)
+        masks = [(TimeMasking, config.train.mask_frames), (FrequencyMasking, config.train.mask_channels)] * 2  # SpecAugment (Park et al. 2019)
+        self.masks = [kind(longest) for kind, longest in masks if longest and config.stage == "stage2"]
 
     def features(self, batch: Batch) -> torch.Tensor:
         """What the adapter reads (F, C): sign-wise features, unless `llm.input` says otherwise."""
@@ -51,6 +54,15 @@ class Translator(nn.Module):
             signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths)
             return self.light_t(signs, batch.lengths) if self.input == "light_t" else signs
 
+    def _masked(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """In training with stretches of each clip's features, and some of their channels, set to 0."""
+        if not (self.training and self.masks):
+            return features
+        clips = [clip.T for clip in features.split(lengths.tolist())]  # each (C, N)
+        for mask in self.masks:
+            clips = [mask(clip) for clip in clips]
+        return torch.cat(clips, 1).T
+
     def _read(self, features: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the language model reads: embeddings (B, N, D), and a mask (B, N) of those that are not padding."""
         embeddings = self.adapter(features) * self.scale  # (F, D)
@@ -60,7 +72,7 @@ class Translator(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens."""
-        features, labels = self.features(batch), batch.labels
+        features, labels = self._masked(self.features(batch), batch.lengths), batch.labels
         before = torch.where(labels == IGNORE, self.text.pad, labels)[:, :-1]
         start = before.new_full((len(labels), 1), self.text.start)
         inputs = self._read(features, batch.lengths)
