@@ -12,6 +12,7 @@ import math
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,16 @@ class Study:
 
         configs = {run: self.config(run) for run in self.runs}
         return {run: c.train.steps or make_plan(c, Clips("train", c.data, c.seed), 1).total(c.train.epochs) for run, c in configs.items()}
+
+    def check(self, runs: list[Run]) -> None:
+        """Raises UserError where shards or a language model are missing, which would else be noticed once a run begins."""
+        from flallm.loader import Clips
+        from flallm.text import Text
+
+        for config in {(c.data.shards, c.llm.path): c for c in map(self.config, runs)}.values():
+            for split in ("train", "dev", SPLIT):
+                Clips(split, config.data, config.seed)
+            Text(config.llm)
 
     def plan(self) -> str:
         """The runs, what is done of them, and the hours: of what is to be done, from the seconds a step took in finished runs of the same stage."""
@@ -200,11 +211,17 @@ def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]
     if where == "slurm" and left:
         return submit(study, left, shlex.split(sbatch), command)
     if where == "here":
+        from torch.multiprocessing import ProcessExitedException
+
         from flallm import engine
 
+        study.check(left)
         for run in study.runs:  # a process group each: what one leaves in memory is gone
             if run in left:
-                engine.launch(_train, ranks, study, run)
+                try:
+                    engine.launch(_train, ranks, study, run)
+                except ProcessExitedException as end:  # it has said why
+                    raise SystemExit(end.exit_code) from None
     if any(study.scores(run) for run in study.runs):
         print(f"\n{study.write()}\nWritten: {study.stem}.json, .md and .png")
 
@@ -212,7 +229,13 @@ def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]
 def _train(study: Study, run: Run) -> None:
     from flallm import engine
 
-    study.train(run, engine.join(study.config(run).train.timeout))
+    ranks = engine.join(study.config(run).train.timeout)
+    try:
+        study.train(run, ranks)
+    except UserError as error:
+        if ranks.first:
+            print(f"flallm: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def submit(study: Study, left: list[Run], options: list[str], command: list[str]) -> None:
