@@ -234,7 +234,7 @@ def load_model(folder: Path, model: torch.nn.Module, prefix: str = "") -> None:
     path = folder / "model.safetensors"
     weights = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = set(missing) - set(_shared_names(model))
+    missing = set(missing) - set(_shared_names(model)) - getattr(model, "base", set())
     if missing or unexpected:
         raise UserError(f"{path} does not fit the config of the run: missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
 
@@ -266,9 +266,9 @@ def lock(run: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state without the second and further names of a shared tensor, which safetensors does not take."""
-    shared = set(_shared_names(model))
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in shared}
+    """The state without the second and further names of a shared tensor, which safetensors does not take, and without what the run holds elsewhere."""
+    left_out = {*_shared_names(model), *model.base}
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in left_out}
 
 
 def _shared_names(model: torch.nn.Module) -> list[str]:

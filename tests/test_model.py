@@ -45,7 +45,7 @@ def test_beam_search_is_transformers_own(setting):
     ours = model.translate(batch, config.decode)
     for clip, sentence in zip(embeddings, ours):
         options = GenerationConfig(
-            num_beams=5, max_new_tokens=config.decode.max_tokens, decoder_start_token_id=model.text.start, eos_token_id=2, pad_token_id=1
+            num_beams=5, max_new_tokens=config.decode.max_tokens, decoder_start_token_id=model.text.start[0], eos_token_id=2, pad_token_id=1
         )
         ids = model.language.generate(inputs_embeds=clip[None], generation_config=options)[0]
         assert model.text.decode(ids) == sentence
@@ -56,7 +56,7 @@ def test_beam_search_is_transformers_own(setting):
 )
 def test_light_t_has_the_sizes_of_the_papers_table_7(layers, heads, width, ffn, millions):
     class Vocabulary:
-        pad, end, start = 1, 2, 0
+        pad, end, start = 1, 2, [0]
 
         def __len__(self):
             return 2429

@@ -110,7 +110,18 @@ def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_p
 
 
 def test_a_table_as_arrays_of_jobs(cluster, recipe, tmp_path):
-    command = [sys.executable, "-m", "flallm", "ablate", recipe, "--table=4", "--rows=factorised", f"--out={tmp_path}/out", "--train.steps=2", "--train.dev_every=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "flallm",
+        "ablate",
+        recipe,
+        "--table=4",
+        "--rows=factorised",
+        f"--out={tmp_path}/out",
+        "--train.steps=2",
+        "--train.dev_every=2",
+    ]
     options = f"{' '.join(ONE_CPU)} --chdir={tmp_path} --output={tmp_path}/%A_%a.log"
     done = subprocess.run([*command, "--where=slurm", f"--sbatch={options}"], env=cluster.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

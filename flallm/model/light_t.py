@@ -27,7 +27,7 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
             tie_word_embeddings=False,
             pad_token_id=text.pad,
             eos_token_id=text.end,
-            decoder_start_token_id=text.start,
+            decoder_start_token_id=text.start[-1],
             attn_implementation=ATTENTION,
             **shape,
         )
