@@ -1,4 +1,4 @@
-# make install | make demo | make test | make faults | make fuzz | make lint
+# make install | make demo | make paper | make test | make faults | make fuzz | make lint
 PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 
@@ -11,6 +11,11 @@ install: .venv/installed
 
 demo: install
 	.venv/bin/flallm demo
+
+paper: install
+	test -d flallm-demo/llm || .venv/bin/flallm demo
+	for table in 4 9 fig2; do .venv/bin/flallm ablate demo --table=$$table --ranks=2 --out=flallm-paper || exit 1; done
+	cd flallm-paper && cat table-4.md table-9.md fig2.md > README.md
 
 lint: install
 	.venv/bin/ruff check .
@@ -25,4 +30,4 @@ faults: install
 fuzz: install
 	.venv/bin/python tests/fuzz.py
 
-.PHONY: install demo faults fuzz lint test
+.PHONY: install demo paper faults fuzz lint test

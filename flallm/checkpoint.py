@@ -222,7 +222,7 @@ def best(run: Path) -> Path:
 
 
 def load(run: Path, model: torch.nn.Module, prefix: str = "") -> None:
-    """Fills the model, or with `prefix` the part of that name, from the best checkpoint."""
+    """Fills the model from the best checkpoint, or with `prefix` a module from the part of that name."""
     folder = best(run)
     if problem := _problem(folder / "model.safetensors", _manifest(folder)["files"]["model.safetensors"]):
         raise UserError(problem)
@@ -232,10 +232,9 @@ def load(run: Path, model: torch.nn.Module, prefix: str = "") -> None:
 def load_model(folder: Path, model: torch.nn.Module, prefix: str = "") -> None:
     """The weights of a verified checkpoint."""
     path = folder / "model.safetensors"
-    target = model.get_submodule(prefix) if prefix else model
-    weights = {k.removeprefix(prefix).lstrip("."): v for k, v in load_file(path).items() if k.startswith(prefix)}
-    missing, unexpected = target.load_state_dict(weights, strict=False)
-    missing = set(missing) - set(_shared_names(target))
+    weights = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = set(missing) - set(_shared_names(model)) - getattr(model, "base", set())
     if missing or unexpected:
         raise UserError(f"{path} does not fit the config of the run: missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
 
@@ -267,9 +266,9 @@ def lock(run: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state without the second and further names of a shared tensor, which safetensors does not take."""
-    shared = set(_shared_names(model))
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in shared}
+    """The state without the second and further names of a shared tensor, which safetensors does not take, and without what the run holds elsewhere."""
+    left_out = {*_shared_names(model), *model.base}
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in left_out}
 
 
 def _shared_names(model: torch.nn.Module) -> list[str]:

@@ -208,6 +208,56 @@ def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
 
 
 @SetParseFn(str)
+def ablate(
+    recipe: str,
+    *,
+    table: str,
+    seeds: str = "1",
+    rows: str = "",
+    out: str = "ablate",
+    ranks: str = "1",
+    where: str = "here",
+    sbatch: str = "",
+    run: str | None = None,
+    **overrides: str,
+) -> Job:
+    """The runs of one of the paper's tables on a recipe, those that are not done yet; prints the plan first, and writes the table with tests.
+
+    Args:
+        recipe: a built-in name such as demo, or the path of a YAML file
+        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or masks, past it; see flallm/tables.yaml
+        seeds: how many seeds, 0 to n - 1, each run has
+        rows: only these rows of the table, separated by commas
+        out: the folder to write into; tables in one folder share runs
+        ranks: how many ranks of this machine a run has
+        where: here, one run after another; slurm, as arrays of jobs; nowhere, only the plan and the table of what is done
+        sbatch: options of sbatch for these jobs, such as "--partition=gpu --time=8:00:00"
+        run: only the run of this number in the plan, on the ranks that a launcher has started
+        overrides: fields of the recipe, in all runs
+    """
+    from flallm.ablate import Study, ablate
+
+    if where not in ("here", "slurm", "nowhere"):
+        raise UserError(f"--where: {where!r} is none of here, slurm, nowhere")
+    for name, value in (("seeds", seeds), ("ranks", ranks), ("run", run or "0")):
+        if not value.isdecimal() or (name != "run" and value == "0"):
+            raise UserError(f"--{name}: {value!r} is not a whole number")
+    study = Study(recipe, table, int(seeds), [row.strip() for row in rows.split(",") if row.strip()], overrides, Path(out))
+    if run is None:
+        options = {"table": table, "seeds": seeds, "rows": rows, "out": out} | overrides
+        return Job(lambda: ablate(study, where, int(ranks), sbatch, [recipe, *(f"--{name}={value}" for name, value in options.items())]))
+    if int(run) >= len(study.runs):
+        raise UserError(f"--run: the plan has runs 0 to {len(study.runs) - 1}")
+
+    def work() -> None:
+        chosen = study.runs[int(run)]
+        with _ranks(study.config(chosen).train.timeout) as group:
+            study.train(chosen, group)
+
+    return Job(work)
+
+
+@SetParseFn(str)
 def translate(run: str, *videos: str) -> Job:
     """Prints a sentence for each video file.
 
@@ -241,7 +291,7 @@ def _ranks(timeout: float = 600):
         engine.leave()
 
 
-COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, plan, score, compare, translate)}
+COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, plan, score, compare, ablate, translate)}
 
 
 def run(commands: dict[str, Callable], name: str) -> int:

@@ -26,7 +26,9 @@ CHOICES = {
     "train.optimizer": ("sgd", "adamw"),
     "train.precision": ("bf16", "fp32"),
     "train.frozen": ("nothing", "backbone", "encoder", None),
+    "llm.input": ("signs", "frames", "light_t"),
 }
+PLACE = "{video}"  # where the features stand in a prompt
 
 
 @dataclass
@@ -64,10 +66,27 @@ class LightT:
 
 
 @dataclass
+class LoRA:
+    """Low-rank updates of a frozen language model (Hu et al. 2021)."""
+
+    rank: int = 0  # 0: none, the model itself trains
+    alpha: float = 32.0  # the updates are multiplied by alpha / rank
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "v_proj")  # modules by the end of their names; all-linear: every linear one
+
+
+@dataclass
 class LLM:
     path: str = "facebook/mbart-large-cc25"  # [P] a folder or hub name in Hugging Face layout; its tokenizer serves stage 1 too
     language: str | None = None  # target language code of a multilingual model, such as de_DE
-    dropout: float = 0.3  # [I]
+    prompt: str = PLACE  # the text around the features, special tokens included
+    stack: int = 1  # neighbouring features that are put together into one
+    dropout: float = 0.3  # [I] of mBART and T5; decoder-only models have none but LoRA's
+    lora: LoRA = field(default_factory=LoRA)
+    train_embeddings: bool | None = None  # those of words, and the head; none: as the other weights, with LoRA not
+    gradient_checkpointing: bool = False  # a layer's activations are computed again in the backward pass: memory for time
+    input: str = "signs"  # what it reads in stage 2: signs (sign-wise features) | frames (the backbone's) | light_t (hidden states of Light-T's encoder)
+    random: bool = False  # the model's shape with random weights in place of the pre-trained ones
 
 
 @dataclass
@@ -89,6 +108,8 @@ class Train:
     clip: float = 1.0  # largest norm of the gradient
     label_smoothing: float = 0.2  # [P]
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
+    mask_frames: int = 0  # in stage 2: SpecAugment's two masks over up to so many of a clip's features in a row, set to 0 in training …
+    mask_channels: int = 0  # … and two over up to so many channels
     frozen: str | None = None  # nothing | backbone | encoder (that is backbone and temporal module); none: the encoder in stage 2, else nothing
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
     deepspeed: str | None = None  # a DeepSpeed JSON file; none: ds_configs/zero2.json, without a GPU zero2_cpu.json
@@ -182,6 +203,11 @@ def from_options(cls, options: dict[str, str]):
     return from_dict(cls, options, "options")
 
 
+def override_fields(instance, values: dict[str, object], where: str):
+    """A flat dataclass with other values."""
+    return from_dict(type(instance), vars(instance) | values, where)
+
+
 def override(config: Config, overrides: dict[str, object]) -> Config:
     """The config with `{"a.b": value}` put in."""
     known = [name for name in flat(config) if name != "stage"]
@@ -199,14 +225,19 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
     for name, choices in CHOICES.items():
         if (value := flat(config)[name]) not in choices:
             raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
+    if config.stage == "joint" and config.llm.input != "signs":
+        raise UserError(f"llm.input: {config.llm.input} is for stage 2, joint trains on signs")
     if config.data.crop > config.data.resize:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
+    if config.llm.prompt.count(PLACE) != 1:
+        raise UserError(f"llm.prompt: {config.llm.prompt!r} must hold {PLACE} once, the place of the features")
     for name in (
         "data.resize",
         "data.crop",
         "data.stride",
         "data.max_frames",
         "data.prefetch_mib",
+        "llm.stack",
         "train.batch",
         "train.micro_batches",
         "train.pool",

@@ -51,6 +51,8 @@ def check_features(clips: Clips, model: Translator) -> None:
     made, folder = clips.features, clips.shards.folder
     if not made:
         return
+    if model.input == "frames":
+        raise UserError(f"{folder} holds sign-wise features: llm.input=frames needs shards of video")
     for field in ("resize", "crop", "stride", "max_frames"):
         if made.get(field) != getattr(clips.data, field):
             raise UserError(
@@ -76,11 +78,15 @@ def load_run(run: Path, device: torch.device) -> tuple[Translator, Config]:
     if not path.is_file():
         raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
     config = cfg.from_dict(Config, cfg.read_yaml(path), str(path))
-    config.llm.path = str((run / "llm").resolve())
-    config.encoder.weights = None
-    model = Translator(config, Text(config.llm), weights=False)
+    model = of_run(config, run)
     checkpoint.load(run, model)
     return model.to(device).eval(), config
+
+
+def of_run(config: Config, run: Path) -> Translator:
+    """The model of a run, for a checkpoint to fill: what no checkpoint holds, weights under LoRA's, lies in the run's folder. The config is made to say so."""
+    config.llm.path, config.llm.random, config.encoder.weights = str((run / "llm").resolve()), False, None
+    return Translator(config, Text(config.llm), weights=bool(config.llm.lora.rank))
 
 
 def evaluate(run: Path, split: str, ranks: Ranks) -> dict:

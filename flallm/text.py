@@ -6,11 +6,16 @@ from functools import cached_property
 from pathlib import Path
 
 from flallm import UserError
-from flallm.config import LLM
+from flallm.config import LLM, PLACE
 
 
 class Text:
-    """A Hugging Face tokenizer with what a decoder needs: where it starts, where it ends, what is padding."""
+    """A Hugging Face tokenizer with what a decoder needs: what it starts from, where it ends, what is padding.
+
+    start: the tokens before a sentence. mBART starts from the code of its language, mBART-50 from </s> and that code, T5 from
+    its padding; decoder-only models need no such token, theirs is what Light-T starts from in stage 1.
+    before, after: the tokens of `llm.prompt` around the features.
+    """
 
     def __init__(self, llm: LLM):
         from transformers import AutoConfig, AutoTokenizer
@@ -23,18 +28,31 @@ class Text:
             self.config = AutoConfig.from_pretrained(llm.path)
         except (OSError, ValueError) as error:
             raise UserError(f"llm.path: no tokenizer and config can be loaded from {llm.path}: {str(error).splitlines()[0]}") from None
-        self.pad, self.end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        self.start = self.config.decoder_start_token_id
+        self.end = self.tokenizer.eos_token_id
+        if self.end is None:
+            raise UserError(f"llm.path: the tokenizer of {llm.path} has no end-of-sentence token (eos_token)")
+        # LLaMA and others have no padding token. Any will do: no attention and no loss is computed over padding.
+        self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self.start = self._start(llm)
+        before, after = ([] if not part else self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in llm.prompt.split(PLACE))
+        if not self.config.is_encoder_decoder and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id] != before[:1]:
+            before = [self.tokenizer.bos_token_id, *before]  # what LLaMA's tokenizer puts before every text
+        self.before, self.after = before, after
+
+    def _start(self, llm: LLM) -> list[int]:
+        default = self.config.decoder_start_token_id if self.config.is_encoder_decoder else self.tokenizer.bos_token_id or self.end
         if llm.language:
-            self.start = self.tokenizer.convert_tokens_to_ids(llm.language)
-            if self.start == self.tokenizer.unk_token_id:
+            code = self.tokenizer.convert_tokens_to_ids(llm.language)
+            if code in (None, self.tokenizer.unk_token_id):
                 raise UserError(f"llm.language: the tokenizer of {llm.path} has no language {llm.language!r}")
-        if self.start is None:
+            return [self.end, code] if default == self.end else [code]
+        if default is None:
             raise UserError(f"llm.language: {llm.path} states no decoder_start_token_id, so the target language must be named")
+        return [default]
 
     @cached_property
     def _special(self) -> set[int]:
-        return {*self.tokenizer.all_special_ids, self.start}
+        return {*self.tokenizer.all_special_ids, *self.start, self.pad}
 
     def __len__(self) -> int:
         return len(self.tokenizer)

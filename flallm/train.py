@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import json
 import math
@@ -23,9 +24,10 @@ from flallm import engine as engines
 from flallm.checkpoint import State, Writer
 from flallm.config import Config, Train
 from flallm.engine import AGAIN, Ranks, Step
-from flallm.evaluate import check_features, decode_split, note_bad_samples, swapped_bleu4
+from flallm.evaluate import check_features, decode_split, note_bad_samples, of_run, swapped_bleu4
 from flallm.loader import Clips, batches
 from flallm.metrics import bleu4
+from flallm.model.llm import save_base
 from flallm.model.translator import Translator
 from flallm.plan import TEXT_COST, Plan, training_groups
 from flallm.text import Text
@@ -52,11 +54,13 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
     found = newest(config, run, ranks, data)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
-    model = Translator(config, text, weights=not found)
     if found:
+        model = of_run(copy.deepcopy(config), run)
         checkpoint.load_model(found[0], model)
-    elif config.stage == "stage2":
-        take_encoder(model, config, stage1)
+    else:
+        model = Translator(config, text)
+        if config.stage == "stage2":
+            take_encoder(model, config, stage1)
     check_features(clips, model)
     total = config.train.steps or plan.total(config.train.epochs)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
@@ -141,11 +145,14 @@ def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None
     if not path.is_file():
         raise UserError(f"--stage1: {stage1} is no run folder (no config.yaml)")
     theirs = cfg.from_dict(Config, cfg.read_yaml(path), str(path))
-    for name in ("encoder", "data.resize", "data.crop", "data.stride"):
+    for name in ("encoder", "data.resize", "data.crop", "data.stride", *(["light_t"] if model.input == "light_t" else [])):
         for field, value in cfg.flat(config).items():
             if field.startswith(name) and field != "encoder.weights" and cfg.flat(theirs)[field] != value:
                 raise UserError(f"{field} is {value} here but {cfg.flat(theirs)[field]} in {stage1}: the encoder would see something else")
-    checkpoint.load(stage1, model, "encoder")
+    checkpoint.load(stage1, model.encoder, "encoder.")
+    if model.input == "light_t":
+        checkpoint.load(stage1, model.light_t.adapter, "adapter.")
+        checkpoint.load(stage1, model.light_t.encoder, "language.model.encoder.")
 
 
 def schedule(config: Train, step: int, total: int) -> float:
@@ -184,6 +191,8 @@ class Log:
             (run / "environment.json").write_text(json.dumps(environment(ranks), indent=1))
             text.tokenizer.save_pretrained(run / "llm")
             text.config.save_pretrained(run / "llm")
+            if model.base and not state.step:
+                save_base(model.language, run / "llm")
             self._forget_what_is_done_again()
             self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=state.step + 1)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

@@ -31,10 +31,11 @@ def test_names_and_options_are_frozen():
         "plan": ["recipe", "world_size", "gpu", "stage", "clips_per_s", "overrides"],
         "score": ["hypotheses", "references", "convention"],
         "compare": ["run_a", "run_b", "split"],
+        "ablate": ["recipe", "table", "seeds", "rows", "out", "ranks", "where", "sbatch", "run", "overrides"],
         "translate": ["run", "videos"],
     }
     assert options(make_shards.COMMANDS) == {
-        "synthetic": ["out", "seed", "train", "dev", "test", "size", "options"],
+        "synthetic": ["out", "preset", "dials", "seed", "train", "dev", "test", "size", "options"],
         "manifest": ["table", "out", "root", "options"],
         "phoenix14t": ["release", "out", "options"],
         "csl-daily": ["root", "out", "options"],
@@ -59,6 +60,9 @@ def test_names_and_options_are_frozen():
         (["score", "bad.yaml"], "bad.yaml holds no references"),
         (["score", "bad.yaml", "bad.yaml", "--convention=14a"], "no convention '14a', but raw, 13a"),
         (["compare", ".", "."], "has no config.yaml"),
+        (["ablate", "demo", "--table=3"], "no table '3' but 4, 5"),
+        (["ablate", "demo", "--table=4", "--rows=jiont"], "no row 'jiont' but joint, factorised"),
+        (["ablate", "demo", "--table=4"], "make them with tools/make_shards.py"),
         (["translate", ".", "none.mp4"], "none.mp4 does not exist"),
         (["nosuch"], "nosuch"),
         (["stage1", "demo", "--train.deepspeed_override.x=1"], "did you mean --train.deepspeed_overrides?"),

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -34,10 +35,50 @@ def test_synthetic_is_what_it_says():
     seen = {text for _, text in train}
     assert sum(text in seen for _, text in test) < len(test) / 2
     assert not {tuple(g) for g, _ in train if len(g) > 2} & {tuple(g) for g, _ in test}
-    signers = {split: set(numbers) for split, numbers in synthetic.SIGNERS.items()}
+    signers = {split: set(numbers) for split, numbers in synthetic.signers().items()}
     assert not signers["train"] & (signers["dev"] | signers["test"])
     a, b = (encode(next(synthetic.clips(seed=3, train=1, dev=0, test=0)), Options()) for _ in range(2))
     assert a == b
+
+
+def test_the_demos_sentences_stay_what_they_are():
+    """Scores are compared over versions."""
+    digest = hashlib.sha256("".join(f"{' '.join(g)}|{t}\n" for split in ("train", "dev", "test") for g, t in synthetic.sentences(split, 500)).encode())
+    assert digest.hexdigest().startswith("0c1ac1df1c2a7a0e")
+
+
+def test_the_benchmark_corpus_is_what_its_dials_say():
+    dials = synthetic.PRESETS["bench"]
+    train, test, text = (list(synthetic.sentences(split, n, dials=dials)) for split, n in (("train", 4800), ("test", 400), ("text", 4800)))
+    assert len(synthetic.MANY_GLOSSES) > 2 * len(synthetic.GLOSSES) and max(len(g) for g, _ in train) > 12
+    # Unseen: signers, sentences, and in some of them a pair of a noun and what is said of it, which text alone has.
+    people = synthetic.signers(dials)
+    assert not set(people["train"]) & {*people["dev"], *people["test"]}
+    assert not {tuple(g) for g, _ in train if len(g) > 2} & {tuple(g) for g, _ in test}
+    held_out = [sum(any(synthetic.is_held_out(*pair, dials) for pair in synthetic.pairs(g)) for g, _ in part) for part in (train, test, text)]
+    assert held_out[0] == 0 and held_out[1] > 40 and held_out[2] > 480
+    # One signing has several texts, words are long-tailed, and a reason is signed before what it is the reason of.
+    texts = {}
+    for glosses, sentence in train:
+        texts.setdefault(tuple(glosses), set()).add(sentence)
+    assert sum(len(g) > 4 and len(said) > 1 for g, said in texts.items()) > 100
+    counts = sorted((sum(g.count(noun) for g, _ in train) for noun in synthetic.NOUNS), reverse=True)
+    assert counts[0] > 5 * counts[-1] > 0
+    glosses, sentence = next((g, t) for g, t in train if "BECAUSE" in g and "SNOW" in g[: g.index("BECAUSE")])
+    assert "snow" in sentence[sentence.index(" because ") :]
+
+
+def test_a_signs_form_depends_on_its_neighbours():
+    from flallm.corpora.signer import HAND, Sign, make_signer, perform
+
+    high, low = Sign("fist", "up", "forehead", "hold", "one"), Sign("five", "down", "low", "hold", "one")
+
+    def first_sign(*signs: Sign, assimilation: float) -> np.ndarray:
+        return perform(list(signs), make_signer(0), np.random.default_rng(0), assimilation)[8:12, :HAND]
+
+    alone, before_low = (first_sign(*signs, assimilation=0.5) for signs in ((high,), (high, low)))
+    assert before_low[:, 1].mean() > alone[:, 1].mean() + 0.2 and before_low[:, 4].mean() > alone[:, 4].mean() + 0.3  # lower, and the index opens
+    assert np.array_equal(first_sign(high, assimilation=0.5), first_sign(high, assimilation=0))
 
 
 @pytest.mark.parametrize(

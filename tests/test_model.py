@@ -45,7 +45,7 @@ def test_beam_search_is_transformers_own(setting):
     ours = model.translate(batch, config.decode)
     for clip, sentence in zip(embeddings, ours):
         options = GenerationConfig(
-            num_beams=5, max_new_tokens=config.decode.max_tokens, decoder_start_token_id=model.text.start, eos_token_id=2, pad_token_id=1
+            num_beams=5, max_new_tokens=config.decode.max_tokens, decoder_start_token_id=model.text.start[0], eos_token_id=2, pad_token_id=1
         )
         ids = model.language.generate(inputs_embeds=clip[None], generation_config=options)[0]
         assert model.text.decode(ids) == sentence
@@ -56,7 +56,7 @@ def test_beam_search_is_transformers_own(setting):
 )
 def test_light_t_has_the_sizes_of_the_papers_table_7(layers, heads, width, ffn, millions):
     class Vocabulary:
-        pad, end, start = 1, 2, 0
+        pad, end, start = 1, 2, [0]
 
         def __len__(self):
             return 2429
@@ -96,6 +96,18 @@ def test_stage_2_loads_the_pretrained_model_and_keeps_its_encoder_frozen(small):
 
     theirs = MBartForConditionalGeneration.from_pretrained(config.llm.path).state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.language.state_dict().items())
+
+
+def test_masks_hide_stretches_and_channels_of_each_clip_in_training_alone(small):
+    config = small("stage2", {"train.mask_frames": 5, "train.mask_channels": 9})
+    model = Translator(config, Text(config.llm)).train()
+    lengths = torch.tensor([40, 60])
+    features = torch.ones(100, 32)
+    hidden = torch.stack([model._masked(features, lengths) == 0 for _ in range(20)])  # (20, 100, 32)
+    rows, columns = hidden.all(-1), [part.all(1) for part in hidden.split(lengths.tolist(), 1)]
+    assert 0 < max(rows[:, :40].sum(1)) <= 10 and 0 < max(rows[:, 40:].sum(1)) <= 10 and max(c.sum(1).max() for c in columns) <= 18
+    assert not torch.equal(columns[0], columns[1])  # each clip has its own
+    assert model.eval()._masked(features, lengths) is features
 
 
 def test_the_adapter_stands_where_word_embeddings_stood(small):

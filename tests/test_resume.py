@@ -7,10 +7,12 @@ import faults
 import pytest
 import torch
 from faults import DAMAGE, SHORT, Lab, Skip, damage, rows, same
+from models import save
 from safetensors.torch import load_file
 
 from flallm import UserError, checkpoint, engine
 from flallm import config as cfg
+from flallm.evaluate import load_run
 from flallm.model.translator import Translator
 from flallm.text import Text
 from flallm.train import train
@@ -47,7 +49,7 @@ def run_until(step: int, *arguments) -> None:
 
 def two_ranks(configs: dict, out: Path) -> None:
     ranks = engine.join()
-    for name in ("stage1", "stage2", "joint", "offload"):
+    for name in ("stage1", "stage2", "joint", "offload", "lora"):
         arguments = configs[name], out / f"{name}-again", ranks, out / "stage1"
         train(configs[name], out / name, ranks, out / "stage1")
         for steps in (1, 2, 1):
@@ -81,6 +83,7 @@ def runs(shards, llm, tmp_path_factory):
         "stage2": make("stage2", **SHORT),
         "joint": make("joint", **SHORT, **{"train.optimizer": "sgd"}),
         "offload": make("stage1", **SHORT | {"train.deepspeed": str(Path(__file__).parents[1] / "ds_configs/zero2_offload.json")}),
+        "lora": make("stage2", **SHORT, **{"llm.path": str(save("llama", out / "llama")), "llm.lora.rank": 4, "llm.prompt": "we saw {video} and"}),
         "few": make("stage1", **SHORT | {"checkpoint.every": 1, "checkpoint.last": 1, "checkpoint.every_nth": 4}),
         "other": make("stage1", **SHORT | {"train.log_every": 2, "train.lr_encoder": 0.5, "checkpoint.last": 1}),
         "typo": make("stage1", **{"train.deepspeed_overrides.zero_optimization.reduce_bucket_sze": "2e8"}),
@@ -89,10 +92,21 @@ def runs(shards, llm, tmp_path_factory):
     return configs, out
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "joint", "offload"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "joint", "offload", "lora"])
 def test_a_run_stopped_three_times_is_bit_equal_to_one_never_stopped(runs, stage):
     _, out = runs
     assert same(out / stage, out / f"{stage}-again")
+
+
+def test_with_lora_a_checkpoint_holds_the_updates_and_the_run_what_is_under_them(runs):
+    configs, out = runs
+    held = load_file(checkpoint.best(out / "lora") / "model.safetensors")
+    assert all(".lora_" in name for name in held if name.startswith("language.")) and any(".lora_B" in name and t.any() for name, t in held.items())
+    before, after = (load_file(folder / "model.safetensors") for folder in (out / "llama", out / "lora/llm"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    model, _ = load_run(out / "lora", torch.device("cpu"))
+    assert torch.equal(model.language.get_base_model().model.norm.weight, before["model.norm.weight"])
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in held.items())
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -107,3 +107,27 @@ def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_p
     job = cluster.wait_for_job(last)
     assert job["JobState"] == "COMPLETED", [p.read_text() for p in (tmp_path / "out").glob("*.log")]
     assert json.loads((tmp_path / "out/stage2/scores/test.json").read_text())["raw"]["num_samples"] == 7
+
+
+def test_a_table_as_arrays_of_jobs(cluster, recipe, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "flallm",
+        "ablate",
+        recipe,
+        "--table=4",
+        "--rows=factorised",
+        f"--out={tmp_path}/out",
+        "--train.steps=2",
+        "--train.dev_every=2",
+    ]
+    options = f"{' '.join(ONE_CPU)} --chdir={tmp_path} --output={tmp_path}/%A_%a.log"
+    done = subprocess.run([*command, "--where=slurm", f"--sbatch={options}"], env=cluster.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job "))
+    assert cluster.wait_for_job(second)["JobState"] == "COMPLETED", [p.read_text() for p in tmp_path.glob("*.log")]
+    assert cluster.job(first)["JobState"] == "COMPLETED"
+    done = subprocess.run([*command, "--where=nowhere"], env=cluster.env, capture_output=True, text=True)
+    assert "2 runs, 2 of them done" in done.stdout and "| factorised | " in done.stdout, done.stderr
+    assert (tmp_path / "out/table-4.json").exists()

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fire.decorators import SetParseFn
@@ -26,22 +26,49 @@ ENCODING = """
 
 
 @SetParseFn(str)
-def synthetic(*, out: str, seed: str = "0", train: str = "2400", dev: str = "100", test: str = "250", size: str = "72", **options: str) -> cli.Job:
-    """The embedded corpus: sentences of a small grammar, signed by procedural signers.
+def synthetic(
+    *,
+    out: str,
+    preset: str = "demo",
+    dials: str = "",
+    seed: str = "0",
+    train: str | None = None,
+    dev: str | None = None,
+    test: str | None = None,
+    size: str = "72",
+    **options: str,
+) -> cli.Job:
+    """The embedded corpus: sentences of a small grammar, signed by procedural signers. Text for a language model goes into OUT/text.txt where the preset has any.
 
     Args:
         out: the folder to write into
+        preset: demo, or bench, a harder one to measure on
+        dials: what differs from the preset, as in --dials=tail=0,joined=0.5: fields of `Dials` in flallm/corpora/synthetic.py
         seed: of everything random
-        train: clips in train
-        dev: clips in dev
-        test: clips in test, by signers that are in no other split
+        train: clips in train; 2400 in demo, 4800 in bench
+        dev: clips in dev; 100 and 150
+        test: clips in test, by signers that are in no other split; 250 and 400
         size: pixels of a frame's sides
         options: encoding, see --help of the tool
     """
     from flallm.corpora import synthetic
 
-    numbers = {name: _whole(name, value) for name, value in (("seed", seed), ("train", train), ("dev", dev), ("test", test), ("size", size))}
-    return _job(lambda: synthetic.clips(**numbers), out, options, {"name": "synthetic", **numbers})
+    if preset not in synthetic.PRESETS:
+        raise UserError(f"--preset: {preset!r} is none of {', '.join(synthetic.PRESETS)}")
+    turned = config.override_fields(synthetic.PRESETS[preset], dict(dial.partition("=")[::2] for dial in dials.split(",") if dial), "--dials")
+    counts = dict(zip(("train", "dev", "test"), turned.clips))
+    counts |= {name: _whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
+    numbers = {"seed": _whole("seed", seed), **counts, "size": _whole("size", size)}
+
+    def clips() -> Iterator[Clip]:
+        if turned.sentences:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            text = synthetic.sentences("text", turned.sentences, numbers["seed"], turned)
+            (Path(out) / "text.txt").write_text("".join(f"{sentence}\n" for _, sentence in text))
+        return synthetic.clips(**numbers, dials=turned)
+
+    corpus = {"name": "synthetic", **numbers} | ({} if turned == synthetic.DEMO else {"preset": preset, "dials": vars(turned)})
+    return _job(clips, out, options, corpus)
 
 
 @SetParseFn(str)

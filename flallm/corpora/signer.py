@@ -183,11 +183,20 @@ def _perform(sign: Sign, signer: Signer, rng: np.random.Generator) -> np.ndarray
     return poses
 
 
-def perform(signs: list[Sign], signer: Signer, rng: np.random.Generator) -> np.ndarray:
-    """A sentence as poses (T, POSE): rest, the signs with glides between them, rest."""
+def perform(signs: list[Sign], signer: Signer, rng: np.random.Generator, assimilation: float = 0.0) -> np.ndarray:
+    """A sentence as poses (T, POSE): rest, the signs with glides between them, rest.
+
+    assimilation: the share of the way that the hands of a sign are drawn towards those of its neighbours, in place, orientation and shape; a second
+    hand sinks where the neighbours have none.
+    """
     rest = _rest(signer)[None]
     parts = [rest.repeat(2, 0)]
-    for segment in [_perform(sign, signer, rng) for sign in signs] + [rest]:
+    segments = [_perform(sign, signer, rng) for sign in signs]
+    means = [segment[:, :HEAD].mean(0) for segment in segments]
+    for i, segment in enumerate(segments):
+        if assimilation and (near := means[max(0, i - 1) : i] + means[i + 1 : i + 2]):
+            segment[:, :HEAD] += assimilation * (np.mean(near, 0) - means[i])
+    for segment in [*segments, rest]:
         a, b = parts[-1][-1], segment[0]
         n = max(3, round((0.10 + 0.20 * np.hypot(*(a[:2] - b[:2]))) * FPS / signer.speed))
         t = np.linspace(0, 1, n + 2)[1:-1, None]

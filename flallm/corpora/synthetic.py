@@ -8,6 +8,8 @@ Translating it is more than naming signs:
   subject is "they", and some words are free choices of the speaker ("mother" or "mum", "hello" or "hi");
 - two of five sentences are one or two signs long, the rest up to eight, about as in real corpora.
 Sentences of three and more signs never occur in two splits, and nobody signs in two splits.
+
+`PRESETS` has two corpora, the demo's and a harder one to measure on; `Dials` says what is harder.
 """
 
 from __future__ import annotations
@@ -23,106 +25,172 @@ import numpy as np
 
 from flallm.corpora import Clip
 from flallm.corpora.signer import FPS, Sign, make_signer, make_signs, perform, render
+from flallm.corpora.words import (
+    ADJECTIVES,
+    ANIMALS,
+    DRINKS,
+    FOOD,
+    FREE_CHOICE,
+    GLOSSES,
+    INTRANSITIVE,
+    JOINS,
+    MANY_GLOSSES,
+    MEET,
+    NAMES,
+    NOUNS,
+    NUMBERS,
+    PAPER,
+    PARAPHRASES,
+    PARTS,
+    PEOPLE,
+    PLACES,
+    PRONOUNS,
+    TIMES,
+    TRANSITIVE,
+    VERBS,
+    WEATHER,
+)  # fmt: skip
 
-# gloss -> English. Nouns: (singular, plural), a plural of "" is a mass noun. Verbs: (base, third person, past, participle).
-NAMES = {"ANNA": "anna", "PETER": "peter", "MARIA": "maria"}
-PEOPLE = {"MOTHER": "my mother", "FATHER": "my father", "SISTER": "my sister", "FRIEND": "my friend", "TEACHER": "the teacher", "DOCTOR": "the doctor"}
-PRONOUNS = {"IX-1": ("i", "me"), "IX-2": ("you", "you"), "IX-12": ("we", "us")}
-TIMES = {"YESTERDAY": "yesterday", "TODAY": "today", "TOMORROW": "tomorrow"}
-PARTS = {"MORNING": "in the morning", "EVENING": "in the evening"}
-PLACES = {"HOME": "at home", "SCHOOL": "at school", "SHOP": "in the shop", "CITY": "in the city", "PARK": "in the park"}
-FOOD = {"APPLE": ("apple", "apples"), "BREAD": ("bread", ""), "CAKE": ("cake", "cakes")}
-DRINKS = {"WATER": ("water", ""), "COFFEE": ("coffee", "")}
-PAPER = {"BOOK": ("book", "books"), "LETTER": ("letter", "letters")}
-ANIMALS = {"DOG": ("dog", "dogs"), "CAT": ("cat", "cats")}
-THINGS = {"CAR": ("car", "cars"), "HOUSE": ("house", "houses"), "FLOWER": ("flower", "flowers"), "BALL": ("ball", "balls"), "KEY": ("key", "keys")}
-NOUNS = FOOD | DRINKS | PAPER | ANIMALS | THINGS
-ADJECTIVES = {"RED": "red", "BLUE": "blue", "BIG": "big", "SMALL": "small", "OLD": "old", "NEW": "new"}
-NUMBERS = {"2": "two", "3": "three", "4": "four", "5": "five"}
-TRANSITIVE = {
-    "BUY": ("buy", "buys", "bought", "buying"),
-    "SELL": ("sell", "sells", "sold", "selling"),
-    "FIND": ("find", "finds", "found", "finding"),
-    "DRAW": ("draw", "draws", "drew", "drawing"),
-    "NEED": ("need", "needs", "needed", ""),
-    "LOVE": ("love", "loves", "loved", ""),
-    "SEE": ("see", "sees", "saw", ""),
-    "EAT": ("eat", "eats", "ate", "eating"),
-    "DRINK": ("drink", "drinks", "drank", "drinking"),
-    "READ": ("read", "reads", "read", "reading"),
+
+@dataclass(frozen=True)
+class Dials:
+    """What makes the corpus hard. These are the demo's values."""
+
+    many: bool = False  # all signs of `words.py`; the demo has the first of them
+    tail: float = 0.0  # words are as frequent as 1 / rank ** tail in their class (Zipf); 0: all alike
+    short: float = 0.4  # share of sentences of one or two signs
+    joined: float = 0.0  # of the others, how many are two clauses: the reason is signed before BECAUSE, the condition after IF, both before what they are of
+    paraphrase: float = 0.0  # how often a word is said in another way, or a time put first
+    again: float = 0.0  # share of the sentences that are signed again, by somebody else, so that one signing has several texts
+    assimilation: float = 0.0  # share of the way that hands are drawn, in place, orientation and shape, towards what is signed before and after
+    held_out: float = 0.0  # share of the pairs of a noun with a verb or an adjective that no training clip has; text alone has them
+    signers: tuple[int, ...] = (16, 4, 6)  # in train, dev and test
+    clips: tuple[int, ...] = (2400, 100, 250)  # likewise
+    sentences: int = 0  # of text alone, for a language model
+
+
+PRESETS = {
+    "demo": Dials(),
+    "bench": Dials(True, 0.8, 0.3, 0.4, 0.3, 0.2, 0.25, 0.1, (24, 4, 8), (4800, 150, 400), 40_000),
 }
-MEET = ("meet", "meets", "met", "")  # SEE with a person
-INTRANSITIVE = {
-    "SLEEP": ("sleep", "sleeps", "slept", "sleeping"),
-    "WORK": ("work", "works", "worked", "working"),
-    "WAIT": ("wait", "waits", "waited", "waiting"),
-    "DANCE": ("dance", "dances", "danced", "dancing"),
-}
-VERBS = TRANSITIVE | INTRANSITIVE
-WEATHER = {"RAIN": ("rain", "rains", "rained", "raining"), "SNOW": ("snow", "snows", "snowed", "snowing")}
-OTHER = ["HELLO", "THANKS", "SORRY", "PLEASE", "NOT", "QUESTION"]
-GLOSSES = [*NAMES, *PEOPLE, *PRONOUNS, *TIMES, *PARTS, *PLACES, *NOUNS, *ADJECTIVES, *NUMBERS, *VERBS, *WEATHER, *OTHER]
-FREE_CHOICE = {"mother": "mum", "father": "dad", "hello": "hi"}  # taken once in ten times
+DEMO = PRESETS["demo"]
 
 
 @cache
-def lexicon() -> dict[str, Sign]:
+def lexicon(dials: Dials = DEMO) -> dict[str, Sign]:
     """gloss -> form, the same for every seed: it is the language. NOT shakes the head, QUESTION raises the brows."""
-    signs = dict(zip(GLOSSES, make_signs(len(GLOSSES), seed=12), strict=True))
+    glosses = MANY_GLOSSES if dials.many else GLOSSES
+    signs = dict(zip(glosses, make_signs(len(glosses), seed=12), strict=True))
     for gloss, head in (("NOT", "shake"), ("QUESTION", "brows")):
         signs[gloss] = Sign(**{**vars(signs[gloss]), "head": head})
     return signs
 
 
-def sentence(rng: np.random.Generator, split: str) -> tuple[list[str], str]:
-    """One random sentence of a split as (glosses in signing order, English text)."""
-    short = rng.random() < 0.4
-    glosses, text = _short(rng) if short else _clause(rng)
-    while not short and split_of(glosses) != split:
-        glosses, text = _clause(rng)
-    words = [FREE_CHOICE[w] if w in FREE_CHOICE and rng.random() < 0.1 else w for w in text.split()]
-    return glosses, " ".join(words)
+class Chance:
+    """What is random in a sentence."""
+
+    def __init__(self, rng: np.random.Generator, dials: Dials):
+        self.rng, self.dials, self.known = rng, dials, lexicon(dials)
+
+    def often(self, share: float) -> bool:
+        return self.rng.random() < share
+
+    def pick(self, options) -> str:
+        options = [o for o in options if o in self.known]
+        if not self.dials.tail:
+            return options[self.rng.integers(len(options))]
+        weights = np.arange(1, len(options) + 1) ** -self.dials.tail
+        return options[self.rng.choice(len(options), p=weights / weights.sum())]
 
 
-def _pick(rng: np.random.Generator, options) -> str:
-    options = list(options)
-    return options[rng.integers(len(options))]
+def _sentence(chance: Chance, split: str) -> tuple[list[str], str]:
+    """One random sentence of a split as (glosses in signing order, plain text)."""
+    dials = chance.dials
+    short = chance.often(dials.short)
+    while True:
+        glosses, text = _short(chance) if short else _joined(chance) if dials.joined and chance.often(dials.joined) else _clause(chance)
+        if not short and split_of(glosses) != ("train" if split == "text" else split):
+            continue
+        if dials.held_out and split == "train" and any(is_held_out(noun, other, dials) for noun, other in pairs(glosses)):
+            continue
+        return glosses, text
 
 
-def _short(rng: np.random.Generator) -> tuple[list[str], str]:
-    if rng.random() < 0.45:
-        gloss = _pick(rng, GLOSSES)
+def pairs(glosses: list[str]) -> list[tuple[str, str]]:
+    return [(noun, other) for noun in glosses if noun in NOUNS for other in glosses if other in VERBS or other in ADJECTIVES]
+
+
+def is_held_out(noun: str, other: str, dials: Dials) -> bool:
+    return crc32(f"{noun} {other}".encode()) % 1000 < 1000 * dials.held_out
+
+
+def _said(chance: Chance, text: str) -> str:
+    """The text as somebody says it: with some words in another way."""
+    text = " ".join(FREE_CHOICE[w] if w in FREE_CHOICE and chance.often(0.1) else w for w in text.split())
+    share = chance.dials.paraphrase
+    if not share:
+        return text
+    for usual, other in PARAPHRASES.items():
+        if f" {usual} " in f" {text} " and chance.often(share):
+            text = f" {text} ".replace(f" {usual} ", f" {other} ").strip()
+    when = next((w for w in ("yesterday", "today", "tomorrow", "tonight") if text.endswith(" " + w)), None)
+    if when and not any(f" {join} " in text for join in JOINS.values()) and chance.often(share):
+        text = f"{when} {text.removesuffix(' ' + when)}"
+    return text
+
+
+def _joined(chance: Chance) -> tuple[list[str], str]:
+    """Two clauses."""
+    (glosses, text), (others, more) = _statement(chance), _statement(chance)
+    match chance.pick(JOINS):
+        case "BUT":
+            return [*glosses, "BUT", *others], f"{text} but {more}"
+        case "BECAUSE":
+            return [*others, "BECAUSE", *glosses], f"{text} because {more}"
+        case _:
+            return ["IF", *others, *glosses], f"{text} if {more}"
+
+
+def _statement(chance: Chance) -> tuple[list[str], str]:
+    while "QUESTION" in (found := _clause(chance))[0]:
+        pass
+    return found
+
+
+def _short(chance: Chance) -> tuple[list[str], str]:
+    if chance.often(0.45):
+        gloss = chance.pick(MANY_GLOSSES)
         return [gloss], _citation(gloss)
-    match rng.integers(8):
+    match chance.rng.integers(8):
         case 0:
-            noun, number = _pick(rng, [n for n in NOUNS if NOUNS[n][1]]), _pick(rng, NUMBERS)
+            noun, number = chance.pick([n for n in NOUNS if NOUNS[n][1]]), chance.pick(NUMBERS)
             return [noun, number], _noun_phrase(noun, None, number)
         case 1:
-            noun, adjective = _pick(rng, NOUNS), _pick(rng, ADJECTIVES)
+            noun, adjective = chance.pick(NOUNS), chance.pick(ADJECTIVES)
             return [noun, adjective], _noun_phrase(noun, adjective, None)
         case 2:
-            person, verb = _pick(rng, NAMES | PEOPLE | PRONOUNS), _pick(rng, INTRANSITIVE)
+            person, verb = chance.pick(NAMES | PEOPLE | PRONOUNS), chance.pick(INTRANSITIVE)
             return [person, verb], _translate(verb, subject=person)
         case 3:
-            time, weather = _pick(rng, TIMES), _pick(rng, WEATHER)
+            time, weather = chance.pick(TIMES), chance.pick(WEATHER)
             return [time, weather], _translate(weather, time=time)
         case 4:
-            verb = _pick(rng, INTRANSITIVE)
+            verb = chance.pick(INTRANSITIVE)
             return ["PLEASE", verb], f"please {VERBS[verb][0]}"
         case 5:
-            person = _pick(rng, NAMES)
+            person = chance.pick(NAMES)
             return ["HELLO", person], f"hello {NAMES[person]}"
         case 6:
-            time, part = _pick(rng, TIMES), _pick(rng, PARTS)
+            time, part = chance.pick(TIMES), chance.pick(PARTS)
             return [time, part], _when(time, part)
         case _:
-            place, weather = _pick(rng, ["CITY", "PARK"]), _pick(rng, WEATHER)
+            place, weather = chance.pick(["CITY", "PARK"]), chance.pick(WEATHER)
             return [place, weather], _translate(weather, place=place)
 
 
 def _citation(gloss: str) -> str:
     """The English for a sign that stands alone."""
-    others = {"HELLO": "hello", "THANKS": "thank you", "SORRY": "i am sorry", "PLEASE": "please", "NOT": "no", "QUESTION": "really"}
+    others = {"HELLO": "hello", "THANKS": "thank you", "SORRY": "i am sorry", "PLEASE": "please", "NOT": "no", "QUESTION": "really"} | JOINS
     if gloss in NOUNS:
         return _noun_phrase(gloss, None, None)
     if gloss in VERBS or gloss in WEATHER:
@@ -132,32 +200,32 @@ def _citation(gloss: str) -> str:
     return (NAMES | PEOPLE | TIMES | PARTS | PLACES | ADJECTIVES | NUMBERS | others)[gloss]
 
 
-def _clause(rng: np.random.Generator) -> tuple[list[str], str]:
+def _clause(chance: Chance) -> tuple[list[str], str]:
     """A sentence of three to eight signs."""
     while True:
-        verb = _pick(rng, TRANSITIVE) if rng.random() < 0.75 else _pick(rng, [*INTRANSITIVE, *WEATHER])
+        verb = chance.pick(TRANSITIVE) if chance.often(0.75) else chance.pick([*INTRANSITIVE, *WEATHER])
         parts = {"verb": verb}
-        if verb not in WEATHER and rng.random() < 0.85:
-            parts["subject"] = _pick(rng, NAMES | PEOPLE | PRONOUNS)
-        if rng.random() < 0.6:
-            parts["time"] = _pick(rng, TIMES)
-            if rng.random() < 0.4:
-                parts["part"] = _pick(rng, PARTS)
-        if rng.random() < 0.4:
-            parts["place"] = _pick(rng, ["CITY", "PARK"] if verb in WEATHER else PLACES)
+        if verb not in WEATHER and chance.often(0.85):
+            parts["subject"] = chance.pick(NAMES | PEOPLE | PRONOUNS)
+        if chance.often(0.6):
+            parts["time"] = chance.pick(TIMES)
+            if chance.often(0.4):
+                parts["part"] = chance.pick(PARTS)
+        if chance.often(0.4):
+            parts["place"] = chance.pick(["CITY", "PARK"] if verb in WEATHER else PLACES)
         if verb in TRANSITIVE:
-            if verb in ("SEE", "LOVE", "NEED") and rng.random() < 0.4:
-                parts["object"] = _pick(rng, [p for p in NAMES | PEOPLE if p != parts.get("subject")])
+            if verb in ("SEE", "LOVE", "NEED") and chance.often(0.4):
+                parts["object"] = chance.pick([p for p in NAMES | PEOPLE if p != parts.get("subject")])
             else:
                 objects = {"EAT": FOOD, "DRINK": DRINKS, "READ": PAPER}.get(verb, NOUNS)
-                parts["object"] = _pick(rng, objects)
-                if rng.random() < 0.45:
-                    parts["adjective"] = _pick(rng, ADJECTIVES)
-                if NOUNS[parts["object"]][1] and rng.random() < 0.4:
-                    parts["number"] = _pick(rng, NUMBERS)
-        if rng.random() < 0.15:
+                parts["object"] = chance.pick(objects)
+                if chance.often(0.45):
+                    parts["adjective"] = chance.pick(ADJECTIVES)
+                if NOUNS[parts["object"]][1] and chance.often(0.4):
+                    parts["number"] = chance.pick(NUMBERS)
+        if chance.often(0.15):
             parts["negated"] = "NOT"
-        elif rng.random() < 0.15 and "subject" in parts:
+        elif chance.often(0.15) and "subject" in parts:
             parts["question"] = "QUESTION"
         order = ["time", "part", "place", "subject", "object", "adjective", "number", "verb", "negated", "question"]
         glosses = [parts[name] for name in order if name in parts]
@@ -232,6 +300,7 @@ class Performance:
     signer: int
     seed: tuple[int, ...]
     size: int
+    dials: Dials = DEMO
 
     @property
     def source(self) -> str:
@@ -239,11 +308,14 @@ class Performance:
 
     def frames(self) -> tuple[Fraction, Iterator[av.VideoFrame]]:
         rng, signer = np.random.default_rng(self.seed), make_signer(self.signer)
-        poses = perform([lexicon()[g] for g in self.glosses], signer, rng)
+        poses = perform([lexicon(self.dials)[g] for g in self.glosses], signer, rng, self.dials.assimilation)
         return Fraction(FPS), (av.VideoFrame.from_ndarray(f, "rgb24") for f in render(poses, signer, self.size, rng))
 
 
-SIGNERS = {"train": range(0, 16), "dev": range(16, 20), "test": range(20, 26)}
+def signers(dials: Dials = DEMO) -> dict[str, range]:
+    """Who signs in which split."""
+    ends = np.cumsum(dials.signers).tolist()
+    return {split: range(end - count, end) for split, end, count in zip(("train", "dev", "test"), ends, dials.signers)}
 
 
 def split_of(glosses: list[str]) -> str:
@@ -252,16 +324,20 @@ def split_of(glosses: list[str]) -> str:
     return {0: "test", 1: "dev"}.get(slot, "train")
 
 
-def sentences(split: str, count: int, seed: int = 0) -> Iterator[tuple[list[str], str]]:
-    """`count` random sentences of a split; "text" is further train-side material, for a language model to read."""
-    rng = np.random.default_rng([seed, crc32(split.encode())])
-    return (sentence(rng, "train" if split == "text" else split) for _ in range(count))
+def sentences(split: str, count: int, seed: int = 0, dials: Dials = DEMO) -> Iterator[tuple[list[str], str]]:
+    """`count` random sentences of a split as (glosses in signing order, text); "text" is what training has without video: a language model may read it."""
+    chance = Chance(np.random.default_rng([seed, crc32(split.encode())]), dials)
+    for i in range(count):
+        if i == 0 or not dials.again or not chance.often(dials.again):
+            glosses, text = _sentence(chance, split)
+        yield glosses, _said(chance, text)
 
 
-def clips(seed: int = 0, train: int = 2400, dev: int = 100, test: int = 250, size: int = 72) -> Iterator[Clip]:
+def clips(seed: int = 0, train: int | None = None, dev: int | None = None, test: int | None = None, size: int = 72, dials: Dials = DEMO) -> Iterator[Clip]:
     """The corpus as `Clip`s of `size` x `size` pixels."""
     for number, (split, count) in enumerate((("train", train), ("dev", dev), ("test", test))):
-        for i, (glosses, text) in enumerate(sentences(split, count, seed)):
-            signer = SIGNERS[split][i % len(SIGNERS[split])]
-            media = Performance(tuple(glosses), signer, (seed, number, i), size)
+        people = signers(dials)[split]
+        for i, (glosses, text) in enumerate(sentences(split, dials.clips[number] if count is None else count, seed, dials)):
+            signer = people[i % len(people)]
+            media = Performance(tuple(glosses), signer, (seed, number, i), size, dials)
             yield Clip(f"{split}-{i:06d}", split, text, media, " ".join(glosses), f"signer{signer:02d}")

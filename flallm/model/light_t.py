@@ -3,6 +3,8 @@
 With a vocabulary of 2,429 its four sizes have the parameters of the paper's Table 7: 3.61, 18.25, 25.61 and 124.66 M.
 """
 
+import torch
+from torch import nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 
 from flallm.config import LightT
@@ -25,7 +27,7 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
             tie_word_embeddings=False,
             pad_token_id=text.pad,
             eos_token_id=text.end,
-            decoder_start_token_id=text.start,
+            decoder_start_token_id=text.start[-1],
             attn_implementation=ATTENTION,
             **shape,
         )
@@ -33,3 +35,21 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
     # Untying the head unties the word embeddings of encoder and decoder as well; the paper's counts have one of them.
     model.model.set_input_embeddings(model.model.shared)
     return model
+
+
+class HiddenStates(nn.Module):
+    """Adapter and encoder of a stage 1's Light-T, frozen: sign-wise features (F, C) of clips with `lengths` frames -> its hidden states (F, D)."""
+
+    def __init__(self, adapter: nn.Module, config: LightT, text: Text):
+        super().__init__()
+        self.adapter, self.encoder = adapter, light_t(config, text).get_encoder()
+        self.encoder.embed_tokens = None  # it reads no words
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        padded = nn.utils.rnn.pad_sequence(self.adapter(features).split(lengths.tolist()), batch_first=True)  # (B, N, D)
+        known = (torch.arange(padded.shape[1])[None] < lengths[:, None]).to(features.device)
+        return self.encoder(inputs_embeds=padded, attention_mask=known.long()).last_hidden_state[known]

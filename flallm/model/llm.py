@@ -1,27 +1,127 @@
-"""The pre-trained language model of stage 2, in the Hugging Face layout."""
+"""The pre-trained language model of stage 2, in the Hugging Face layout, and how each family reads features and answers.
 
+The adapter's output takes the place of word embeddings, between those of the prompt's words:
+- mBART and mBART-50 multiply word embeddings by sqrt(D), then add learned positions and apply a LayerNorm. Features are
+  multiplied likewise; positions and LayerNorm follow inside the encoder, as for words.
+- T5, mT5 and Flan-T5 do nothing with word embeddings: no scale, no positions (attention has relative ones), no LayerNorm.
+- Decoder-only models (LLaMA, Qwen, Mistral, SmolLM …) go on from the prompt with the answer, in one sequence. Prompts are
+  padded on the left, so that every answer begins at the same place, in training as in generation; positions count from the
+  first that is no padding. Only answer tokens bear a loss, and logits are computed for them alone.
+"""
+
+from __future__ import annotations
+
+import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, MBartForConditionalGeneration
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from flallm import UserError
 from flallm.config import LLM
+from flallm.loader import IGNORE
+from flallm.text import Text
 
 logging.disable_progress_bar()  # it would draw a bar a rank, for weights that are there at once
 
 # On a CPU the fused kernel's backward is the slower one: 155 against 119 ms a step of the demo's language model.
 ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
+DROPOUT = {"mbart": "dropout", "t5": "dropout_rate", "mt5": "dropout_rate"}  # the encoder-decoders that are known
 
 
-def load_llm(config: LLM, weights: bool = True) -> MBartForConditionalGeneration:
-    """The model of `llm.path`; without `weights` only its shape, for weights that a checkpoint holds."""
-    options = {"dropout": config.dropout, "attention_dropout": 0.0, "attn_implementation": ATTENTION}
+class EncoderDecoder:
+    """How mBART and T5 read and answer. Embeddings are padded on the right."""
+
+    side = "right"
+
+    def __init__(self, model: PreTrainedModel, text: Text):
+        self.model, self.text = model, text
+
+    def logits(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """What the model says of each label (B, L), having read the inputs and the labels before it: (B, L, V)."""
+        start = labels.new_tensor(self.text.start).expand(len(labels), -1)
+        ids = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, self.text.pad)], 1)
+        return self.model(**inputs, decoder_input_ids=ids, use_cache=False).logits[:, start.shape[1] - 1 :]
+
+    def generate(self, inputs: dict[str, torch.Tensor], options: GenerationConfig) -> torch.Tensor:
+        """Token ids (B, …) of an answer to each of the inputs."""
+        start = inputs["attention_mask"].new_tensor(self.text.start).expand(len(inputs["attention_mask"]), -1)
+        return self.model.generate(**inputs, decoder_input_ids=start, generation_config=options)
+
+
+class DecoderOnly(EncoderDecoder):
+    """How LLaMA and its kin read and answer. Embeddings are padded on the left."""
+
+    side = "left"
+
+    def logits(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        known = labels[:, :-1] != IGNORE
+        words = self.model.get_input_embeddings()(labels[:, :-1].masked_fill(~known, self.text.pad))
+        embeddings = torch.cat([inputs["inputs_embeds"], words.to(inputs["inputs_embeds"].dtype)], 1)  # (B, N + L - 1, D)
+        mask = torch.cat([inputs["attention_mask"], known.long()], 1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        return self.model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=labels.shape[1]
+        ).logits  # (B, L, V)
+
+    def generate(self, inputs: dict[str, torch.Tensor], options: GenerationConfig) -> torch.Tensor:
+        return self.model.generate(**inputs, generation_config=options)
+
+
+def family(model: PreTrainedModel, text: Text) -> EncoderDecoder:
+    return (EncoderDecoder if model.config.is_encoder_decoder else DecoderOnly)(model, text)
+
+
+def embedding_scale(model: PreTrainedModel) -> float:
+    """What the model multiplies word embeddings by and leaves to others to do with what takes their place."""
+    return math.sqrt(model.config.d_model) if getattr(model.config, "scale_embedding", False) else 1.0
+
+
+def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
+    """The model of `llm.path` with what of it trains; without `weights` only its shape, for weights that a checkpoint holds."""
     try:
-        shape = AutoConfig.from_pretrained(config.path, **options)
-        if shape.model_type != "mbart":
-            raise UserError(f"llm.path: {config.path} is a {shape.model_type} model; stage 2 takes mbart")
-        return MBartForConditionalGeneration.from_pretrained(config.path, config=shape) if weights else MBartForConditionalGeneration(shape)
+        shape = AutoConfig.from_pretrained(config.path)
+        kind = shape.model_type
+        if kind in DROPOUT:
+            shape = AutoConfig.from_pretrained(config.path, **{DROPOUT[kind]: config.dropout, "attention_dropout": 0.0})
+        elif shape.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise UserError(f"llm.path: {config.path} is a {kind} model; stage 2 takes {', '.join(DROPOUT)} and decoder-only models such as llama")
+        auto = AutoModelForSeq2SeqLM if kind in DROPOUT else AutoModelForCausalLM
+        options = {"attn_implementation": ATTENTION, "dtype": torch.float32}
+        if weights and not config.random:
+            model = auto.from_pretrained(config.path, config=shape, **options)
+        else:
+            model = auto.from_config(shape, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"llm.path: no model can be loaded from {Path(config.path)}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"llm.path: no model can be loaded from {config.path}: {str(error).splitlines()[0]}") from None
+    model.generation_config = GenerationConfig()  # else sampling and penalties of an instruction-tuned model would get into beam search
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.lora.rank:
+        model = add_lora(model, config)
+    if config.train_embeddings is not None:
+        for words in (model.get_input_embeddings(), model.get_output_embeddings()):
+            words.requires_grad_(config.train_embeddings)
+    return model
+
+
+def add_lora(model: PreTrainedModel, config: LLM) -> PreTrainedModel:
+    """The model with everything frozen but low-rank updates of the targets."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    targets = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
+    try:
+        return get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets))
+    except ValueError as error:
+        raise UserError(f"llm.lora: {str(error).splitlines()[0]}") from None
+
+
+def save_base(model: PreTrainedModel, folder: Path) -> None:
+    """The model without LoRA's updates, as an ordinary Hugging Face folder."""
+    base = model.get_base_model()
+    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name}
+    base.save_pretrained(folder, state_dict=weights)

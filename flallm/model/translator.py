@@ -7,14 +7,20 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchaudio.transforms import FrequencyMasking, TimeMasking
 from transformers import GenerationConfig
 
 from flallm.config import Config, Decode
 from flallm.loader import IGNORE, Batch
-from flallm.model.light_t import light_t
-from flallm.model.llm import load_llm
+from flallm.model.light_t import HiddenStates, light_t
+from flallm.model.llm import embedding_scale, family, load_llm
 from flallm.model.visual_encoder import VisualEncoder
 from flallm.text import Text
+
+
+def adapter(channels: int, width: int) -> nn.Sequential:
+    """[P] One hidden layer."""
+    return nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, width))
 
 
 class Translator(nn.Module):
@@ -24,37 +30,59 @@ class Translator(nn.Module):
         super().__init__()
         self.text, self.label_smoothing = text, config.train.label_smoothing
         self.encoder = VisualEncoder(config.encoder)
-        self.language = light_t(config.light_t, text) if config.stage == "stage1" else load_llm(config.llm, weights)
-        C, D = config.encoder.channels, self.language.config.d_model
-        # The adapter's output takes the place of the word embeddings, which mBART scales before it adds positions.
-        self.scale = math.sqrt(D) if self.language.config.scale_embedding else 1.0
-        self.adapter = nn.Sequential(nn.Linear(C, D), nn.ReLU(), nn.Linear(D, D))  # [P] one hidden layer, C -> D
+        light = config.stage == "stage1"
+        self.language = light_t(config.light_t, text) if light else load_llm(config.llm, weights)
+        self.family, self.scale = family(self.language, text), embedding_scale(self.language)
+        self.stack, self.prompt = (1, ([], [])) if light else (config.llm.stack, (text.before, text.after))
+        self.input = config.llm.input if config.stage == "stage2" else "signs"
+        C = {"signs": config.encoder.channels, "frames": config.encoder.widths[-1], "light_t": config.light_t.width}[self.input]
+        if self.input == "light_t":
+            self.light_t = HiddenStates(adapter(config.encoder.channels, C), config.light_t, text)
+        self.adapter = adapter(C * self.stack, self.language.get_input_embeddings().embedding_dim)
         self.word_loss = config.train.word_loss
         if self.word_loss:
             self.words = nn.Linear(C, len(text))
         self.encoder.freeze(config.frozen)
+        masks = [(TimeMasking, config.train.mask_frames), (FrequencyMasking, config.train.mask_channels)] * 2  # SpecAugment (Park et al. 2019)
+        self.masks = [kind(longest) for kind, longest in masks if longest and config.stage == "stage2"]
+        # The weights under LoRA's: a run writes them once, beside its tokenizer, and its checkpoints hold all others.
+        lora = config.llm.lora.rank and not light
+        self.base = {f"language.{name}" for name, p in self.language.named_parameters(remove_duplicate=False) if lora and not p.requires_grad}
 
     def features(self, batch: Batch) -> torch.Tensor:
-        """Sign-wise features (F, C)."""
-        if batch.frames.ndim == 2:  # made before, by `flallm features`
-            return batch.frames.float()
+        """What the adapter reads (F, C): sign-wise features, unless `llm.input` says otherwise."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder.frozen != "encoder"):
-            return self.encoder(batch.frames, batch.lengths)
+            if self.input == "frames":
+                return self.encoder.frame_wise(batch.frames)
+            made = batch.frames.ndim == 2  # before, by `flallm features`
+            signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths)
+            return self.light_t(signs, batch.lengths) if self.input == "light_t" else signs
+
+    def _masked(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """In training with stretches of each clip's features, and some of their channels, set to 0."""
+        if not (self.training and self.masks):
+            return features
+        clips = [clip.T for clip in features.split(lengths.tolist())]  # each (C, N)
+        for mask in self.masks:
+            clips = [mask(clip) for clip in clips]
+        return torch.cat(clips, 1).T
 
     def _read(self, features: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the language model reads: embeddings (B, N, D), and a mask (B, N) of those that are not padding."""
+        """What the language model reads: embeddings (B, N, D) of features between the prompt's words, and a mask (B, N) of those that are not padding."""
+        if self.stack > 1:  # a clip's last features may lack neighbours: zeros
+            clips = [F.pad(f, (0, 0, 0, -len(f) % self.stack)).view(-1, self.stack * f.shape[1]) for f in features.split(lengths.tolist())]
+            features, lengths = torch.cat(clips), torch.tensor([len(f) for f in clips])
         embeddings = self.adapter(features) * self.scale  # (F, D)
-        padded = nn.utils.rnn.pad_sequence(embeddings.split(lengths.tolist()), batch_first=True)
-        mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
-        return {"inputs_embeds": padded, "attention_mask": mask.to(padded.device, torch.long)}
+        before, after = (self.language.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=features.device)) for ids in self.prompt)
+        clips = [torch.cat([before, clip, after]) for clip in embeddings.split(lengths.tolist())]
+        padded = nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_side=self.family.side)
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(clip), dtype=torch.long) for clip in clips], batch_first=True, padding_side=self.family.side)
+        return {"inputs_embeds": padded, "attention_mask": mask.to(padded.device)}
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens."""
-        features, labels = self.features(batch), batch.labels
-        before = torch.where(labels == IGNORE, self.text.pad, labels)[:, :-1]
-        start = before.new_full((len(labels), 1), self.text.start)
-        inputs = self._read(features, batch.lengths)
-        logits = self.language(**inputs, decoder_input_ids=torch.cat([start, before], 1), use_cache=False).logits  # (B, L, V)
+        features, labels = self._masked(self.features(batch), batch.lengths), batch.labels
+        logits = self.family.logits(self._read(features, batch.lengths), labels)  # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, label_smoothing=self.label_smoothing, reduction="sum")
         if not self.word_loss:
             return loss, loss.detach()
@@ -84,8 +112,9 @@ class Translator(nn.Module):
             num_beams=decode.beam,
             max_new_tokens=decode.max_tokens,
             length_penalty=decode.length_penalty,
-            decoder_start_token_id=self.text.start,
+            decoder_start_token_id=self.text.start[0],
             eos_token_id=self.text.end,
             pad_token_id=self.text.pad,
         )
-        return [self.text.decode(ids) for ids in self.language.generate(**self._read(self.features(batch), batch.lengths), generation_config=options)]
+        ids = self.family.generate(self._read(self.features(batch), batch.lengths), options)
+        return [self.text.decode(answer) for answer in ids]

@@ -1,0 +1,303 @@
+"""`flallm ablate`: the paper's tables and figures on any recipe, as `tables.yaml` states them.
+
+A table's rows and the seeds give a plan of runs; what two rows need alike is one run. OUT/runs holds the run folders, named by what
+differs from the recipe, so that tables share them, and a finished run (one with scores on test) is never trained again; one that was
+interrupted goes on from its checkpoint. OUT/table-N.{json,md,png} is written from what is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from flallm import UserError, metrics, results
+from flallm import config as cfg
+from flallm.config import Config
+
+TABLES = Path(__file__).parent / "tables.yaml"
+SPLIT = "test"
+RESAMPLES = 1000  # of the bootstrap
+SEED = 12345  # of the bootstrap, sacreBLEU's
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. changes: what differs from the recipe, as sorted (field, value) pairs."""
+
+    stage: str
+    changes: tuple[tuple[str, object], ...]
+    seed: int
+    stage1: Run | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder: `stage2+frozen=backbone-after-stage1+stride=2/seed0`."""
+        runs = [self, self.stage1] if self.stage1 else [self]
+        words = ["+".join([run.stage, *(f"{field.split('.', 1)[1]}={value}" for field, value in run.changes)]) for run in runs if run is self or run.changes]
+        return re.sub(r"[^\w+=.-]", "_", "-after-".join(words)) + f"/seed{self.seed}"
+
+
+class Study:
+    """A table of a recipe: its runs, what of them is done, and what comes out."""
+
+    def __init__(self, recipe: str, table: str, seeds: int, rows: list[str], overrides: dict[str, object], out: Path):
+        tables = cfg.read_yaml(TABLES)
+        every = tables.pop("every")
+        if table not in tables:
+            raise UserError(f"--table: there is no table {table!r} but {', '.join(tables)}")
+        self.recipe, self.name, self.table, self.out, self.seeds = recipe, table, tables[table], out, range(seeds)
+        self.overrides = every | overrides
+        names = [row["name"] for row in self.table["rows"]]
+        if unknown := set(rows) - set(names):
+            raise UserError(f"--rows: table {table} has no row {min(unknown)!r} but {', '.join(names)}")
+        self.rows = {row["name"]: [self._run(row, seed) for seed in self.seeds] for row in self.table["rows"] if not rows or row["name"] in rows}
+        # Runs that others build on come first.
+        scored = [run for runs in self.rows.values() for run in runs]
+        self.runs = list(dict.fromkeys([run.stage1 for run in scored if run.stage1] + [r for r in scored if not r.stage1] + [r for r in scored if r.stage1]))
+
+    def _run(self, row: dict, seed: int) -> Run:
+        stage, every = row.get("stage", "stage2"), row.get("every", {})
+        if stage != "stage2":
+            return Run(stage, self._changes(stage, every | row.get("own", {})), seed)
+        first = every | row.get("stage1", {})
+        if length := row.get("stage1_length"):
+            train = cfg.load(self.recipe, "stage1", self.overrides).train
+            first |= {"train.steps": math.ceil(train.steps * length)} if train.steps else {"train.epochs": round(train.epochs * length, 2)}
+        return Run(stage, self._changes(stage, every | row.get("own", {})), seed, Run("stage1", self._changes("stage1", first), seed))
+
+    def _changes(self, stage: str, fields: dict) -> tuple[tuple[str, object], ...]:
+        """Those of the fields that the recipe does not have like this already."""
+        joint = cfg.flat(cfg.load(self.recipe, "joint", self.overrides))
+        fields = {name: joint[name] if value == "=joint" else value for name, value in fields.items()}
+        usual = cfg.flat(cfg.load(self.recipe, stage, self.overrides))
+        found = cfg.flat(cfg.load(self.recipe, stage, self.overrides | fields))
+        return tuple(sorted((name, found[name]) for name in fields if found[name] != usual[name]))
+
+    def config(self, run: Run) -> Config:
+        return cfg.load(self.recipe, run.stage, self.overrides | dict(run.changes) | {"seed": run.seed})
+
+    def folder(self, run: Run) -> Path:
+        return self.out / "runs" / run.name
+
+    def scores(self, run: Run) -> dict | None:
+        """A finished run's scores."""
+        try:
+            return json.loads((self.folder(run) / f"scores/{SPLIT}.json").read_text())
+        except (FileNotFoundError, ValueError):  # not there, or cut off
+            return None
+
+    def seconds(self, run: Run) -> float:
+        """How long its training took."""
+        return json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+
+    @cached_property
+    def steps(self) -> dict[Run, int]:
+        from flallm.loader import Clips
+        from flallm.train import make_plan
+
+        configs = {run: self.config(run) for run in self.runs}
+        return {run: c.train.steps or make_plan(c, Clips("train", c.data, c.seed), 1).total(c.train.epochs) for run, c in configs.items()}
+
+    def check(self, runs: list[Run]) -> None:
+        """Raises UserError where shards or a language model are missing, which would else be noticed once a run begins."""
+        from flallm.loader import Clips
+        from flallm.text import Text
+
+        for config in {(c.data.shards, c.llm.path): c for c in map(self.config, runs)}.values():
+            for split in ("train", "dev", SPLIT):
+                Clips(split, config.data, config.seed)
+            Text(config.llm)
+
+    def plan(self) -> str:
+        """The runs, what is done of them, and the hours: of what is to be done, from the seconds a step took in finished runs of the same stage."""
+        done = {run: self.seconds(run) / 3600 for run in self.runs if self.scores(run)}
+        pace = {stage: np.mean([done[run] / self.steps[run] for run in done if run.stage == stage]) for stage in {run.stage for run in done}}
+        left = {run: self.steps[run] * pace[run.stage] if run.stage in pace else None for run in self.runs if run not in done}
+        lines = [f"{self.title}: {len(self.runs)} runs, {len(done)} of them done, on {self.recipe}"]
+        for number, run in enumerate(self.runs):
+            hours = f"{done[run]:8.2f} h" if run in done else f"{left[run]:7.2f} h" if left[run] is not None else f"{'?':>7} h"
+            lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} steps {hours:>10}   {run.name}")
+        known = [hours for hours in left.values() if hours is not None]
+        if left:
+            lines.append(f"left: {sum(known):.2f} h" + f" and {len(left) - len(known)} runs of stages that none is done of" * (len(known) < len(left)))
+        return "\n".join(lines)
+
+    @property
+    def title(self) -> str:
+        return f"{'Figure ' + self.name[3:] if self.name.startswith('fig') else 'Table ' + self.name if self.name.isdigit() else 'Past the paper'}. {self.table['title']}"
+
+    @property
+    def stem(self) -> Path:
+        """What the table's files are called, without their suffix."""
+        return self.out / (self.name if self.name.startswith("fig") else f"table-{self.name}")
+
+    def train(self, run: Run, ranks) -> None:
+        """Trains and scores a run on the ranks there are, unless that is done."""
+        from flallm.evaluate import evaluate
+        from flallm.train import check_same, train
+
+        folder, config = self.folder(run), self.config(run)
+        if self.scores(run):
+            theirs = cfg.from_dict(Config, cfg.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+            return check_same(cfg.flat(theirs), config, folder)
+        if ranks.first:
+            print(f"\n== {run.name}", flush=True)
+        train(config, folder, ranks, self.folder(run.stage1) if run.stage1 else None)
+        evaluate(folder, SPLIT, ranks)
+
+    # What comes out
+
+    def result(self) -> dict:
+        """The table as a dict, of the rows of which every run is done."""
+        done = {name: runs for name, runs in self.rows.items() if all(self.scores(run) for run in runs)}
+        rows = {row["name"]: row for row in self.table["rows"]}
+        convention = cfg.load(self.recipe, "stage1", self.overrides).convention
+        said = {name: [results.pairs(self.folder(run) / f"predictions/{SPLIT}.jsonl") for run in runs] for name, runs in done.items()}
+        found = {}
+        resampled = {name: bootstrap([(h, r) for h, r, _ in runs], convention) for name, runs in said.items()}
+        choice = self.table.get("choice")
+        for name, runs in done.items():
+            scores = [self.scores(run) for run in runs]
+            found[name] = {score: spread([s[convention][score]["value"] for s in scores]) for score in ("bleu4", "rouge_l")}
+            found[name]["bleu4"]["ci95"] = np.percentile(resampled[name], [2.5, 97.5]).round(2).tolist()
+            found[name]["swapped_bleu4"] = spread([s["swapped_bleu4"] for s in scores])
+            found[name]["hours"] = float(np.mean([self.seconds(run) + (self.seconds(run.stage1) if run.stage1 else 0) for run in runs])) / 3600
+            found[name]["paper"] = rows[name].get("paper", {})
+            if name != choice and choice in done:
+                if said[name][0][1:] != said[choice][0][1:]:
+                    raise UserError(f"{self.folder(runs[0])} and {self.folder(done[choice][0])} were scored on other sentences: they cannot be compared")
+                found[name]["against_choice"] = paired(resampled[name], resampled[choice], found[name]["bleu4"]["mean"] - self._mean(done[choice], convention))
+        return {
+            "table": self.name, "title": self.title, "recipe": self.recipe, "convention": convention, "split": SPLIT, "seeds": len(self.seeds), "choice": choice,
+            "sentences": len(said[next(iter(said))][0][0]) if said else 0, "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "unit": "sentence"}, "rows": found,
+            "missing": [name for name in self.rows if name not in done],
+        }  # fmt: skip
+
+    def _mean(self, runs: list[Run], convention: str) -> float:
+        return float(np.mean([self.scores(run)[convention]["bleu4"]["value"] for run in runs]))
+
+    def write(self) -> str:
+        """Writes the table's files; returns it as Markdown."""
+        from flallm import plots
+
+        result = self.result()
+        stem, text = self.stem, f"{markdown(result)}\n![{self.title}]({self.stem.name}.png)\n"
+        stem.with_suffix(".json").write_text(json.dumps(result, indent=1))
+        stem.with_suffix(".md").write_text(text)
+        if self.name == "fig2":
+            plots.dominance({name: self._curves(runs[0]) for name, runs in self.rows.items() if name in result["rows"]}, stem.with_suffix(".png"))
+        else:
+            plots.table(result, stem.with_suffix(".png"))
+        return text
+
+    def _curves(self, run: Run) -> list[dict]:
+        rows = [json.loads(line) for line in (self.folder(run) / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if "grad_norm/llm" in row]
+
+
+def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]) -> None:
+    """Prints the plan, does what is to be done of it and writes the table."""
+    print(study.plan(), flush=True)
+    left = [run for run in study.runs if not study.scores(run)]
+    if where == "slurm" and left:
+        return submit(study, left, shlex.split(sbatch), command)
+    if where == "here":
+        from torch.multiprocessing import ProcessExitedException
+
+        from flallm import engine
+
+        study.check(left)
+        for run in study.runs:  # a process group each: what one leaves in memory is gone
+            if run in left:
+                try:
+                    engine.launch(_train, ranks, study, run)
+                except ProcessExitedException as end:  # it has said why
+                    raise SystemExit(end.exit_code) from None
+    if any(study.scores(run) for run in study.runs):
+        print(f"\n{study.write()}\nWritten: {study.stem}.json, .md and .png")
+
+
+def _train(study: Study, run: Run) -> None:
+    from flallm import engine
+
+    ranks = engine.join(study.config(run).train.timeout)
+    try:
+        study.train(run, ranks)
+    except UserError as error:
+        if ranks.first:
+            print(f"flallm: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def submit(study: Study, left: list[Run], options: list[str], command: list[str]) -> None:
+    """Two arrays of jobs: the runs that need no other, then those on top of them. A job is one run."""
+    script = Path(__file__).parents[1] / "slurm/ablate.sh"
+    if not script.is_file():
+        raise UserError(f"--where=slurm: {script} is not there: run flallm from a checkout of its repository")
+    after: list[str] = []
+    for wave in ([r for r in left if not r.stage1], [r for r in left if r.stage1]):
+        if wave:
+            numbers = ",".join(str(study.runs.index(run)) for run in wave)
+            done = subprocess.run(["sbatch", "--parsable", *options, *after, f"--array={numbers}", script, *command], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"--where=slurm: sbatch says: {done.stderr.strip()}")
+            job = done.stdout.strip().split(";")[0]
+            print(f"job {job}: runs {numbers}")
+            after = [f"--dependency=afterok:{job}"]
+    print("The same command with --where=nowhere writes the table once they are done.")
+
+
+def spread(values: list[float]) -> dict:
+    """Mean and standard deviation over seeds; of one seed there is none."""
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None, "values": values}
+
+
+def bootstrap(runs: list[tuple[list[str], list[str]]], convention: str) -> np.ndarray:
+    """BLEU-4 (RESAMPLES,) of resampled sentences, its mean over runs (hypotheses, references). The same sentences are drawn for every run and every call,
+    so that differences are paired; sentences are drawn, not runs: how seeds scatter is said by their standard deviation."""
+    metric = metrics.metric(convention, "bleu4")
+    drawn = np.random.default_rng(SEED).integers(len(runs[0][1]), size=(RESAMPLES, len(runs[0][1])))
+    scores = np.zeros(RESAMPLES)
+    for hypotheses, references in runs:
+        counts = np.array(metric._extract_corpus_statistics(hypotheses, [references]))  # (sentences, counts)
+        scores += [metric._compute_score_from_stats(counts[d].sum(0).tolist()).score for d in drawn]
+    return scores / len(runs)
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray, difference: float) -> dict:
+    """The difference with its interval and p, how often chance alone would part the two at least as far (two-sided; Riezler & Maxwell 2005)."""
+    differences = ours - theirs
+    p = (np.sum(np.abs(differences - differences.mean()) >= abs(difference)) + 1) / (RESAMPLES + 1)
+    return {"bleu4": difference, "ci95": np.percentile(differences, [2.5, 97.5]).round(2).tolist(), "p": float(p)}
+
+
+def markdown(result: dict) -> str:
+    """The table in the paper's layout, with the paper's numbers at the right."""
+    cells = [["", "B4 [95 %]", "R", f"B4 against {result['choice']}", "B4, swapped videos", "hours", "paper: B4 (R)"]]
+    for name, row in result["rows"].items():
+        test, paper = row.get("against_choice"), row["paper"]
+        low, high = row["bleu4"]["ci95"]
+        against = f"{test['bleu4']:+.2f} [{test['ci95'][0]:+.2f}, {test['ci95'][1]:+.2f}], p = {test['p']:.3f}" if test else ""
+        theirs = f"{paper['bleu4']:.2f}" + (f" ({paper['rouge_l']:.2f})" if "rouge_l" in paper else "") if paper else ""
+        theirs += f", {paper['hours']:.2f} h" if "hours" in paper else ""
+        b4, r, swapped = (_mean_sd(row[score]) for score in ("bleu4", "rouge_l", "swapped_bleu4"))
+        cells.append([name, f"{b4} [{low:.2f}, {high:.2f}]", r, against, swapped, f"{row['hours']:.2f}", theirs])
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    lines.insert(1, "|" + "---|" * len(cells[0]))
+    seeds = f"mean ± s.d. over {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
+    note = f"{result['recipe']}, {result['sentences']} sentences of {SPLIT}, {seeds}, convention {result['convention']}; intervals and p by paired bootstrap over sentences."
+    note += f" Not finished yet: {', '.join(result['missing'])}." * bool(result["missing"])
+    return "\n".join([f"**{result['title']}**", "", *lines, "", note, ""])
+
+
+def _mean_sd(values: dict) -> str:
+    return f"{values['mean']:.2f}" + ("" if values["sd"] is None else f" ± {values['sd']:.2f}")

@@ -1,0 +1,42 @@
+"""Pictures of `flallm ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+
+def table(result: dict, path: Path) -> None:
+    """BLEU-4 of each row with its interval, the seeds one by one, and the paper's."""
+    figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.6 * len(result["rows"])), layout="constrained")
+    for place, row in enumerate(result["rows"].values()):
+        score = row["bleu4"]
+        axes.barh(place, score["mean"], 0.6, color="tab:blue", alpha=0.4)
+        axes.hlines(place, *score["ci95"], color="tab:blue")
+        axes.plot(score["values"], [place] * len(score["values"]), "|", color="black", markersize=10)
+        if "bleu4" in row["paper"]:
+            axes.plot(row["paper"]["bleu4"], place, "o", color="tab:orange", fillstyle="none")
+    axes.set_yticks(range(len(result["rows"])), list(result["rows"]))
+    axes.invert_yaxis()
+    axes.set_xlabel("BLEU-4: mean and 95 % interval, | a seed, ○ the paper on PHOENIX14T")
+    axes.set_title(result["title"], loc="left", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def dominance(runs: dict[str, list[dict]], path: Path) -> None:
+    """Norms of gradient and parameters of the last layers, a column a run, as in Fig. 2 of the paper."""
+    figure, axes = pyplot.subplots(2, len(runs), figsize=(5 * len(runs), 6), layout="constrained", squeeze=False, sharey="row")
+    for column, (name, rows) in enumerate(runs.items()):
+        for row, kind in enumerate(("grad", "param")):
+            for part, label in (("encoder", "last layer of the visual encoder"), ("llm", "last layer of the language model")):
+                axes[row, column].plot([r["step"] for r in rows], [r[f"{kind}_norm/{part}"] for r in rows], label=label, linewidth=1)
+            axes[row, column].set(yscale="log", xlabel="step", ylabel={"grad": "norm of the gradient", "param": "norm of the parameters"}[kind])
+        axes[0, column].set_title(name)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

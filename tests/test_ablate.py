@@ -1,0 +1,242 @@
+"""The paper's tables: which runs they are, that these differ in what they say, and what is written of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from safetensors.torch import load_file
+
+from flallm import ablate, checkpoint, engine
+from flallm import config as cfg
+from flallm.ablate import TABLES, Study
+from flallm.loader import Clips
+from flallm.model.translator import Translator
+from flallm.text import Text
+
+T5 = {"llm.path": "google/mt5-base", "llm.language": None}
+JOINT_RATE = {"train.lr_encoder": 1e-3}
+# table -> row -> (stage that is scored, what differs there from phoenix14t.yaml, what differs in the stage 1 below it)
+DIFFERENCES = {
+    "4": {"joint": ("joint", {}, None), "factorised": ("stage2", {}, {})},
+    "5": {
+        "LLM fine-tuning only": ("joint", {"train.frozen": "backbone"}, None),
+        "visual initialing only": ("stage1", {}, None),
+        "both": ("stage2", {}, {}),
+    },
+    "6": {
+        "100 %": ("stage2", {"data.stride": 1}, {"data.stride": 1}),
+        "50 %": ("stage2", {"data.stride": 2}, {"data.stride": 2}),
+        "25 %": ("stage2", {}, {}),
+        "12.5 %": ("stage2", {"data.stride": 8}, {"data.stride": 8}),
+    },
+    "7": {
+        "tiny": ("stage2", {}, {"light_t.layers": 1, "light_t.heads": 4, "light_t.width": 256, "light_t.ffn": 1024}),
+        "small": ("stage2", {}, {"light_t.layers": 2, "light_t.heads": 4}),
+        "base": ("stage2", {}, {}),
+        "large": ("stage2", {}, {"light_t.layers": 4, "light_t.width": 1024, "light_t.ffn": 4096}),
+    },
+    "8": {
+        "frame-wise": ("stage2", {"llm.input": "frames"}, {}),
+        "sign-wise": ("stage2", {}, {}),
+        "hidden states of Light-T": ("stage2", {"llm.input": "light_t"}, {}),
+    },
+    "9": {
+        "nothing": ("stage2", {"train.frozen": "nothing", **JOINT_RATE}, {}),
+        "backbone": ("stage2", {"train.frozen": "backbone", **JOINT_RATE}, {}),
+        "backbone + temporal": ("stage2", {}, {}),
+    },
+    "10": {
+        "mBART random": ("stage2", {"llm.random": True}, {}),
+        "mT5-Base random": ("stage2", {"llm.random": True, **T5}, T5),
+        "mBART": ("stage2", {}, {}),
+        "mT5-Base": ("stage2", T5, T5),
+    },
+    "masks": {
+        "none": ("stage2", {}, {}),
+        "frames": ("stage2", {"train.mask_frames": 5}, {}),
+        "frames and channels": ("stage2", {"train.mask_frames": 5, "train.mask_channels": 16}, {}),
+    },
+    "fig2": {"joint training": ("joint", {}, None), "stage 1": ("stage1", {}, None)},
+    "fig4": {
+        "1/3": ("stage2", {}, {"train.epochs": 25}),
+        "2/3": ("stage2", {}, {"train.epochs": 50}),
+        "3/3": ("stage2", {}, {}),
+        "4/3": ("stage2", {}, {"train.epochs": 100}),
+    },
+}
+
+
+def differences(config: cfg.Config) -> dict:
+    usual = cfg.flat(cfg.load("phoenix14t", config.stage)) | {"train.log_every": 10}
+    return {name: value for name, value in cfg.flat(config).items() if usual[name] != value}
+
+
+def test_every_table_is_listed_here():
+    assert DIFFERENCES.keys() | {"every"} == cfg.read_yaml(TABLES).keys()
+
+
+@pytest.mark.parametrize("table", DIFFERENCES)
+def test_the_runs_of_a_table_differ_from_the_recipe_in_exactly_the_stated_fields(table, tmp_path):
+    study = Study("phoenix14t", table, 2, [], {}, tmp_path)
+    assert list(study.rows) == list(DIFFERENCES[table])
+    for name, (stage, own, below) in DIFFERENCES[table].items():
+        for seed, run in enumerate(study.rows[name]):
+            seeded = {"seed": seed} if seed else {}
+            config = study.config(run)
+            assert config.stage == stage and differences(config) == own | seeded, name
+            assert (differences(study.config(run.stage1)) if run.stage1 else None) == (None if below is None else below | seeded), name
+
+
+def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):
+    runs = {run for table in DIFFERENCES for run in Study("phoenix14t", table, 2, [], {}, tmp_path).runs}
+    assert len({run.name for run in runs}) == len(runs)
+    plain = [run for run in runs if not run.changes and not (run.stage1 and run.stage1.changes)]
+    assert sorted((run.stage, run.seed) for run in plain) == [(stage, seed) for stage in ("joint", "stage1", "stage2") for seed in (0, 1)]
+    for table in DIFFERENCES:
+        numbered = Study("phoenix14t", table, 2, [], {}, tmp_path).runs
+        assert all(numbered.index(run.stage1) < numbered.index(run) for run in numbered if run.stage1)
+
+
+@pytest.fixture(scope="module")
+def overrides(shards, llm) -> dict:
+    return {**SMALL, "data.shards": str(shards), "llm.path": str(llm), "train.steps": 3, "train.dev_every": 3, "train.log_every": 1, "decode.max_tokens": 8}
+
+
+def test_the_frame_rates_of_table_6_sample_the_frames_they_should(overrides, tmp_path):
+    study = Study("demo", "6", 1, [], overrides, tmp_path)
+    configs = {name: study.config(runs[0]) for name, runs in study.rows.items()}
+    text = Text(configs["25 %"].llm)
+    clips = {name: Clips("train", config.data, 0).batch(text, [(None, 3)]).frames for name, config in configs.items()}
+    frames = clips["100 %"]
+    assert len(frames) > 30
+    for name, stride in (("50 %", 2), ("25 %", 4), ("12.5 %", 8)):
+        assert torch.equal(clips[name], frames[::stride])
+
+
+def test_a_random_language_model_has_the_tokenizer_and_the_shape_of_the_pretrained_one(overrides, tmp_path):
+    study = Study("demo", "10", 1, ["mBART random", "mBART"], overrides, tmp_path)
+    (random,), (pretrained,) = study.rows.values()
+    assert random.stage1 == pretrained.stage1 and len(study.runs) == 3
+    models = []
+    for run in (random, pretrained):
+        config = study.config(run)
+        torch.manual_seed(config.seed)
+        models.append(Translator(config, Text(config.llm)))
+    assert models[0].text.tokenizer.get_vocab() == models[1].text.tokenizer.get_vocab()
+    one, other = (model.language.state_dict() for model in models)
+    assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}
+    weights = [name for name, tensor in one.items() if tensor.ndim > 1 and tensor.any()]
+    assert weights and not any(torch.equal(one[name], other[name]) for name in weights)
+
+
+def train_all(studies: list[Study]) -> None:
+    ranks = engine.join()
+    for study in studies:
+        for run in study.runs:
+            study.train(run, ranks)
+
+
+@pytest.fixture(scope="module")
+def done(overrides, tmp_path_factory) -> dict[str, Study]:
+    out = tmp_path_factory.mktemp("ablate")
+    studies = {table: Study("demo", table, 1, [], overrides, out) for table in ("4", "5", "8", "9", "fig2")}
+    engine.launch(train_all, 1, list(studies.values()))
+    return studies
+
+
+def changed(study: Study, row: str, since: str) -> set[str]:
+    """Which parts of the encoder have other tensors or buffers after the run of a row than in its stage 1, or than at the start."""
+    run = study.rows[row][0]
+    after = load_file(checkpoint.best(study.folder(run)) / "model.safetensors")
+    if since == "stage1":
+        before = load_file(checkpoint.best(study.folder(run.stage1)) / "model.safetensors")
+    else:
+        config = study.config(run)
+        torch.manual_seed(config.seed)
+        before = Translator(config, Text(config.llm)).state_dict()
+    names = [n for n in after if n.startswith("encoder.")]
+    parts = {"backbone": [n for n in names if n.startswith("encoder.backbone.")]}
+    parts["temporal"] = [n for n in names if n not in parts["backbone"]]
+    return {part for part in parts if any(not torch.equal(before[n], after[n]) for n in parts[part])}
+
+
+@pytest.mark.parametrize(
+    "table,row,since,expected",
+    [
+        ("9", "nothing", "stage1", {"backbone", "temporal"}),
+        ("9", "backbone", "stage1", {"temporal"}),
+        ("9", "backbone + temporal", "stage1", set()),
+        ("5", "LLM fine-tuning only", "start", {"temporal"}),
+        ("4", "joint", "start", {"backbone", "temporal"}),
+    ],
+)
+def test_what_a_row_freezes_is_frozen_to_the_bit_and_the_rest_trains(done, table, row, since, expected):
+    assert changed(done[table], row, since) == expected
+
+
+def test_hidden_states_of_light_t_are_those_of_the_stage_1_below(done):
+    study = done["8"]
+    run = study.rows["hidden states of Light-T"][0]
+    below, above = (load_file(checkpoint.best(study.folder(r)) / "model.safetensors") for r in (run.stage1, run))
+    pairs = {n: f"light_t.{n}" for n in below if n.startswith("adapter.")}
+    pairs |= {n: n.replace("language.model.", "light_t.") for n in below if n.startswith("language.model.encoder.") and "embed_tokens" not in n}
+    assert len(pairs) > 20 and all(torch.equal(below[a], above[b]) for a, b in pairs.items())
+
+
+def test_the_table_stands_beside_the_papers_numbers(done):
+    text = done["9"].write()
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert rows["nothing"].rstrip("| ").endswith("17.86") and "p = " in rows["nothing"] and "p = " not in rows["backbone + temporal"]
+    result = json.loads(done["9"].stem.with_suffix(".json").read_text())
+    scores = json.loads((done["9"].folder(done["9"].rows["backbone"][0]) / "scores/test.json").read_text())
+    assert result["rows"]["backbone"]["bleu4"]["mean"] == scores["raw"]["bleu4"]["value"] and not result["missing"]
+    assert done["fig2"].write() and all(s.stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" for s in (done["9"], done["fig2"]))
+
+
+def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twice(done, overrides, tmp_path):
+    command = [sys.executable, "-m", "flallm", "ablate", "demo", "--table=4", "--rows=factorised", f"--out={tmp_path}/out"]
+    command += [f"--{name}={value}" for name, value in overrides.items()]
+    study = Study("demo", "4", 1, ["factorised"], overrides, tmp_path / "out")
+    first, second = study.runs
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while not (study.folder(second) / "metrics.jsonl").exists():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    before = {path: path.stat().st_mtime_ns for path in study.folder(first).rglob("*") if path.is_file()}
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"{first.name}" not in [line.removeprefix("== ") for line in again.stdout.splitlines() if line.startswith("== ")]
+    assert before and before == {path: path.stat().st_mtime_ns for path in study.folder(first).rglob("*") if path.is_file()}
+    unbroken, result = done["4"].result()["rows"]["factorised"], json.loads((tmp_path / "out/table-4.json").read_text())["rows"]["factorised"]
+    for row in (unbroken, result):
+        del row["hours"]
+        row.pop("against_choice", None)
+    assert result == unbroken
+
+
+def test_runs_of_another_recipe_in_the_same_folder_are_refused(done, overrides, tmp_path):
+    from flallm import UserError
+
+    study = Study("demo", "4", 1, [], {**overrides, "train.batch": 8}, done["4"].out)
+    with pytest.raises(UserError, match=r"begun with another recipe: train.batch was 16 and is 8"):
+        study.train(study.runs[0], None)
+
+
+def test_seeds_are_averaged_and_a_difference_that_chance_explains_has_a_high_p():
+    rng = np.random.default_rng(0)
+    references = [" ".join(f"w{i}" for i in rng.integers(0, 50, 8)) for _ in range(100)]
+    spoiled = [[r if rng.random() < share else r.replace("w1", "x") + " y" for r in references] for share in (0.9, 0.9, 0.2)]
+    good, alike, bad = (ablate.bootstrap([(s, references)], "raw") for s in spoiled)
+    both = ablate.bootstrap([(spoiled[0], references), (spoiled[2], references)], "raw")
+    assert both == pytest.approx((good + bad) / 2)
+    assert ablate.paired(bad, good, bad.mean() - good.mean())["p"] < 0.01 < 0.05 < ablate.paired(alike, good, alike.mean() - good.mean())["p"]

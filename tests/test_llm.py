@@ -1,0 +1,122 @@
+"""Stage 2's families of language models: each reads features as it reads words, alone as in a batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import KINDS, save
+from torch import nn
+from transformers import BertConfig
+
+from flallm import UserError
+from flallm import config as cfg
+from flallm.loader import IGNORE, Clips
+from flallm.model.llm import load_llm
+from flallm.model.translator import Translator
+from flallm.text import Text
+
+PROMPTS = {"mbart": "{video}", "mt5": "we {video}", "llama": "we saw {video} and"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    return {kind: save(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+@pytest.fixture
+def built(small, folders):
+    """`built(kind, **overrides)`: the config and the translator of stage 2 with a language model of that family."""
+
+    def make(kind: str, **overrides) -> tuple[cfg.Config, Translator]:
+        config = small("stage2", {"llm.path": str(folders[kind]), "llm.prompt": PROMPTS[kind], "decode.max_tokens": 12, **overrides})
+        torch.manual_seed(1)
+        return config, Translator(config, Text(config.llm)).eval()
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stack", [1, 3])
+def test_loss_and_answer_of_a_clip_do_not_depend_on_its_batch(built, kind, stack):
+    config, model = built(kind, **{"llm.stack": stack})
+    clips = Clips("train", config.data, 0)
+    together, *alone = (clips.batch(model.text, [(None, n) for n in numbers]) for numbers in (range(6), *([n] for n in range(6))))
+    assert len(set(together.lengths.tolist())) > 2 and (together.labels == IGNORE).any()  # or padding is not tested
+    with torch.no_grad():
+        torch.testing.assert_close(model(together)[0], sum(model(b)[0] for b in alone), rtol=1e-4, atol=1e-3)
+    answers = model.translate(together, config.decode)
+    assert answers == [model.translate(b, config.decode)[0] for b in alone]
+    assert stack > 1 or len(set(answers)) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_word_embeddings_in_the_place_of_features_give_the_models_own_outputs(built, kind):
+    """So what features go through (scale, positions, LayerNorm, the place in the prompt) is what words go through."""
+    _, model = built(kind)
+    words = [model.text.encode(text)[:-1] for text in ("we saw my small sister", "peter")]
+    labels = nn.utils.rnn.pad_sequence([torch.tensor(model.text.encode(text)) for text in ("anna bought some water", "we saw")], True, IGNORE)
+    model.adapter = nn.Identity()
+    with torch.no_grad():
+        inputs = model._read(model.language.get_input_embeddings().weight[sum(words, [])], torch.tensor([len(w) for w in words]))
+        ours = model.family.logits(inputs, labels)
+        for row, ids, answer in zip(ours, words, labels):
+            ids, answer = [*model.text.before, *ids, *model.text.after], answer[answer != IGNORE].tolist()
+            if kind == "llama":
+                theirs = model.language(input_ids=torch.tensor([ids + answer[:-1]])).logits[0, len(ids) - 1 :]
+            else:
+                theirs = model.language(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([model.text.start + answer[:-1]])).logits[0]
+            torch.testing.assert_close(row[: len(answer)], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_mbart_50_answers_after_its_end_token_and_the_languages_code(folders):
+    text = Text(cfg.LLM(path=str(folders["mbart"]), language="i"))
+    assert text.start == [text.tokenizer.convert_tokens_to_ids("i")]  # this one starts from <s>, as mBART does from the code
+    text.config.decoder_start_token_id = text.end
+    assert text._start(cfg.LLM(language="i")) == [text.end, text.tokenizer.convert_tokens_to_ids("i")]
+
+
+@pytest.mark.parametrize("embeddings", [None, True, False])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_trains_is_what_the_recipe_says(folders, rank, embeddings):
+    config = cfg.LLM(path=str(folders["llama"]), lora=cfg.LoRA(rank=rank), train_embeddings=embeddings)
+    model = load_llm(config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    words = {name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name}
+    others = {name for name, _ in model.named_parameters()} - words
+    expected = {name for name in others if not rank or ".lora_" in name}
+    expected |= words if embeddings or (embeddings is None and not rank) else set()
+    assert trained == expected
+    if rank:
+        assert {name.split(".")[-4] for name in trained - words} == {"q_proj", "v_proj"}
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2) >= 2 * 4 * (2 * 32 + 32 + 16)
+
+
+def test_gradient_checkpointing_changes_memory_alone(built):
+    losses = []
+    for checkpointing in (False, True):
+        config, model = built("llama", **{"llm.gradient_checkpointing": checkpointing})
+        loss, _ = model.train()(Clips("train", config.data, 0).batch(model.text, [(None, n) for n in range(3)]))
+        loss.backward()
+        losses.append((loss.item(), model.adapter[0].weight.grad.clone()))
+    assert losses[0][0] == pytest.approx(losses[1][0])
+    torch.testing.assert_close(losses[0][1], losses[1][1])
+
+
+def test_a_prompt_names_the_place_of_the_features_once():
+    with pytest.raises(UserError, match="must hold {video} once"):
+        cfg.load("demo", "stage2", {"llm.prompt": "translate this"})
+
+
+def test_families_that_do_not_fit_and_folders_that_lack_files_are_named(folders, tmp_path):
+    BertConfig(hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a bert model; stage 2 takes mbart, t5, mt5 and decoder-only models"):
+        load_llm(cfg.LLM(path=str(tmp_path)))
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((folders["llama"] / name).read_bytes())
+    with pytest.raises(UserError, match="no model can be loaded from"):
+        load_llm(cfg.LLM(path=str(tmp_path)))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        Text(cfg.LLM(path=str(tmp_path)))
+    with pytest.raises(UserError, match="llm.lora: .*nosuch"):
+        load_llm(cfg.LLM(path=str(folders["llama"]), lora=cfg.LoRA(rank=2, targets=("nosuch",))))

@@ -1,0 +1,88 @@
+"""What a text-to-text model gets on the shards of a corpus with glosses: `python tools/bench_card.py SHARDS LLM` prints a JSON object a line.
+
+glossed_bleu4 is an upper bound, from gold signs to text: what would be translated if every sign were seen. blind_bleu4 is a lower bound, from nothing to
+text: what a language model says that knows the sentences and sees no video. Both fine-tune the language model of stage 2 on train and score test.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from fire.decorators import SetParseFn
+
+from flallm import cli, metrics
+from flallm.loader import IGNORE
+from flallm.shards import Shards
+
+BATCH, RATE, BEAM, TOKENS = 32, 5e-4, 5, 48
+
+
+def rows(shards: str, split: str) -> list[tuple[str, str]]:
+    """(glosses, text) of each clip."""
+    read = Shards(shards, split)
+    metas = [read.read(i)[1] for i in range(len(read))]
+    return [(meta["gloss"].lower(), meta["text"]) for meta in metas]
+
+
+def bleu4(train: list[tuple[str, str]], test: list[tuple[str, str]], llm: str, steps: int) -> float:
+    """The language model fine-tuned from the first of each pair to the second, and scored on test."""
+    from transformers import AutoTokenizer, MBartForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer, model = AutoTokenizer.from_pretrained(llm), MBartForConditionalGeneration.from_pretrained(llm)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.05)
+    rng = np.random.default_rng(0)
+
+    def padded(texts: list[str], value: int) -> torch.Tensor:
+        ids = [torch.tensor([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]) for text in texts]
+        return torch.nn.utils.rnn.pad_sequence(ids, True, value)
+
+    def read(sources: list[str]) -> dict[str, torch.Tensor]:
+        ids = padded(sources, tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long()}
+
+    model.train()
+    for _ in range(steps):
+        picked = [train[i] for i in rng.integers(len(train), size=BATCH)]
+        labels = padded([text for _, text in picked], IGNORE)
+        before = torch.cat([labels.new_full((len(labels), 1), model.config.decoder_start_token_id), labels[:, :-1]], 1)
+        logits = model(**read([source for source, _ in picked]), decoder_input_ids=before.masked_fill(before == IGNORE, tokenizer.pad_token_id)).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+    said = []
+    for i in range(0, len(test), BATCH):
+        ids = model.generate(**read([source for source, _ in test[i : i + BATCH]]), num_beams=BEAM, max_new_tokens=TOKENS)
+        said += [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
+    return metrics.bleu4(said, [text for _, text in test], "raw")
+
+
+@SetParseFn(str)
+def card(shards: str, llm: str, *, steps: str = "800") -> cli.Job:
+    """Prints both bounds.
+
+    Args:
+        shards: a folder of shards whose clips have glosses
+        llm: the folder of a small mBART
+        steps: of fine-tuning
+    """
+
+    def work() -> None:
+        train, test = rows(shards, "train"), rows(shards, "test")
+        for figure, blind in (("glossed_bleu4", False), ("blind_bleu4", True)):
+            pairs = [[("" if blind else gloss, text) for gloss, text in part] for part in (train, test)]
+            value = bleu4(*pairs, llm, int(steps))
+            print(json.dumps({"figure": figure, "value": round(value, 2), "unit": "BLEU-4", "detail": f"{len(test)} sentences, {steps} steps"}), flush=True)
+
+    return cli.Job(work)
+
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "card")
+    sys.exit(cli.run({"card": card}, Path(__file__).name))
