@@ -69,7 +69,15 @@ DEVICES = {
 SHAPES = {
     "facebook/mbart-large-cc25": {"model_type": "mbart", "vocab_size": 250027, "scale_embedding": True},
     "facebook/mbart-large-50": {"model_type": "mbart", "vocab_size": 250054, "scale_embedding": True},
-    "google/mt5-base": {"model_type": "mt5", "vocab_size": 250112, "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+    "google/mt5-base": {
+        "model_type": "mt5",
+        "vocab_size": 250112,
+        "d_model": 768,
+        "d_ff": 2048,
+        "num_layers": 12,
+        "num_heads": 12,
+        "tie_word_embeddings": False,
+    },
     "meta-llama/Llama-2-7b-hf": {"model_type": "llama", "vocab_size": 32000},
 }
 
@@ -101,7 +109,7 @@ CORPORA = {
 class Words:
     """Stands where a tokenizer does that is not here: sizes and special tokens."""
 
-    start, before, after, pad, end = 0, [], [], 1, 2
+    start, before, after, pad, end = [0], [], [], 1, 2
 
     def __init__(self, size: int):
         self.size = size

@@ -57,7 +57,7 @@ def test_word_embeddings_in_the_place_of_features_give_the_models_own_outputs(bu
     labels = nn.utils.rnn.pad_sequence([torch.tensor(model.text.encode(text)) for text in ("anna bought some water", "we saw")], True, IGNORE)
     model.adapter = nn.Identity()
     with torch.no_grad():
-        inputs = model._read(model.language.get_input_embeddings().weight[sum(words, [])], torch.tensor([len(w) for w in words]))
+        inputs = model._read(model.language.get_input_embeddings().weight[[i for ids in words for i in ids]], torch.tensor([len(w) for w in words]))
         ours = model.family.logits(inputs, labels)
         for row, ids, answer in zip(ours, words, labels):
             ids, answer = [*model.text.before, *ids, *model.text.after], answer[answer != IGNORE].tolist()
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_changes_memory_alone(built):
 
 
 def test_a_prompt_names_the_place_of_the_features_once():
-    with pytest.raises(UserError, match="must hold {video} once"):
+    with pytest.raises(UserError, match=r"must hold \{video\} once"):
         cfg.load("demo", "stage2", {"llm.prompt": "translate this"})
 
 
@@ -118,5 +118,5 @@ def test_families_that_do_not_fit_and_folders_that_lack_files_are_named(folders,
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no tokenizer"):
         Text(cfg.LLM(path=str(tmp_path)))
-    with pytest.raises(UserError, match="llm.lora: .*nosuch"):
+    with pytest.raises(UserError, match=r"llm.lora: .*nosuch"):
         load_llm(cfg.LLM(path=str(folders["llama"]), lora=cfg.LoRA(rank=2, targets=("nosuch",))))

@@ -99,7 +99,7 @@ def test_a_run_stopped_three_times_is_bit_equal_to_one_never_stopped(runs, stage
 
 
 def test_with_lora_a_checkpoint_holds_the_updates_and_the_run_what_is_under_them(runs):
-    configs, out = runs
+    _, out = runs
     held = load_file(checkpoint.best(out / "lora") / "model.safetensors")
     assert all(".lora_" in name for name in held if name.startswith("language.")) and any(".lora_B" in name and t.any() for name, t in held.items())
     before, after = (load_file(folder / "model.safetensors") for folder in (out / "llama", out / "lora/llm"))

@@ -1,0 +1,72 @@
+"""What `flallm plan` says, against what a model is and does."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from flallm import UserError, cost
+from flallm import config as cfg
+from flallm.model.translator import Translator
+
+A100 = cost.DEVICES["a100-80"]
+
+
+def figures(config: cfg.Config, world_size: int, device: cost.Device = A100, **options) -> dict[str, float]:
+    return {f"{f.section}/{f.name}": f.value for f in cost.cost(config, world_size, device, **options)}
+
+
+def recipe(stage: str, **overrides) -> cfg.Config:
+    return cfg.load("phoenix14t", stage, overrides)
+
+
+def test_a_dry_step_has_the_models_parameters_and_the_operations_of_its_layers():
+    config = recipe("stage1")
+    config.encoder = replace(config.encoder, weights=None)
+    text = cost.Words(2429)
+    step = cost.dry_step(config, text, [20, 12], 16)
+    model = Translator(config, text)
+    assert step.parts == {part: (sum(p.numel() for p in getattr(model, part).parameters()), 0) for part in ("encoder", "adapter", "language")}
+    # ResNet18 has 1.81 G multiplications a 224-pixel frame (He et al. 2016, Table 1: 1.8), forward once and backward twice, without the first layer's input.
+    assert 3 * 2 * 1.81e9 * 32 * 0.97 < step.encoder_flops < 3 * 2 * 1.9e9 * 32
+    twice = cost.dry_step(config, text, [40, 24], 16)
+    assert twice.encoder_flops == pytest.approx(2 * step.encoder_flops, rel=1e-3)
+    assert twice.activations == pytest.approx(2 * step.activations, rel=0.15)  # what grows with frames is nearly all
+
+
+def test_a_frozen_encoder_keeps_no_activations_and_has_no_backward_pass():
+    config = recipe("stage2", **{"llm.path": "google/mt5-base"})
+    text, config = cost._text(config)
+    few, many = (cost.dry_step(config, text, [n], 4) for n in (30, 60))
+    assert few.encoder_flops == pytest.approx(30 * 2 * 1.83e9, rel=0.04)
+    assert few.parts["encoder"][0] == 0 and few.parts["language"][1] == 0
+    assert few.parts["language"][0] == pytest.approx(582.4e6, rel=1e-3)  # mT5-base's published 580 M
+    from_features = cost.dry_step(config, text, [60], 4, features=True)
+    assert from_features.encoder_flops == 0 and from_features.activations <= many.activations
+
+
+def test_zero2_shares_states_out_and_the_run_is_the_same_run():
+    one, eight = (figures(recipe("stage2", **{"train.batch": 32}), n) for n in (1, 8))
+    for name in ("memory/master weights", "memory/moments", "memory/gradients"):
+        assert eight[name] == one[name] / 8
+    assert eight["memory/weights"] == one["memory/weights"] == 4 * (one["parameters/trained"] + one["parameters/frozen"])
+    assert one["parameters/trained"] == pytest.approx(610.9e6 + 2.1e6, rel=1e-3)  # mBART-large as published, and the adapter
+    assert one["communication/gradients"] == 0 < eight["communication/gradients"]
+    assert eight["data/steps"] == one["data/steps"]
+    given = figures(recipe("stage2", **{"train.batch": 32}), 8, clips_per_s=100.0)
+    assert given["time/run"] == pytest.approx(7096 * 40 / 100, rel=0.01)
+    assert given["time/run"] == pytest.approx(given["time/step"] * given["data/steps"])
+
+
+def test_what_does_not_fit_is_said_with_the_field_to_change(tmp_path):
+    words = [sys.executable, "-m", "flallm", "plan", "phoenix14t", "--world_size=1", "--stage=stage2", "--llm.path=meta-llama/Llama-2-7b-hf"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "does not fit" in done.stdout and "llm.lora.rank" in done.stdout
+
+
+def test_without_shards_and_published_lengths_there_is_no_plan():
+    with pytest.raises(UserError, match="Lengths without shards are known of phoenix14t"):
+        cost.cost(cfg.load("demo", "stage1", {"data.shards": "nowhere"}), 1, A100)
+    with pytest.raises(UserError, match="too few for 64 ranks"):
+        cost.cost(recipe("stage1"), 64, A100)
