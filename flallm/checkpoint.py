@@ -32,6 +32,7 @@ from flallm import UserError
 from flallm import engine as engines
 from flallm.config import Checkpoint
 from flallm.engine import Ranks
+from flallm.model.llm import untie
 
 
 @dataclass
@@ -233,6 +234,8 @@ def load_model(folder: Path, model: torch.nn.Module, prefix: str = "") -> None:
     """The weights of a verified checkpoint."""
     path = folder / "model.safetensors"
     weights = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
+    for name in weights.keys() & set(_shared_names(model)):  # two tensors there, so two here
+        untie(model, name)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = set(missing) - set(_shared_names(model)) - getattr(model, "base", set())
     if missing or unexpected:

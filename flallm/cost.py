@@ -7,6 +7,7 @@ What they are multiplied with is named in every row, and measured numbers take t
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -21,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 
 from flallm import UserError, engine
 from flallm.config import Config
@@ -297,7 +297,7 @@ def _text(config: Config):
     if not shape or Path(config.llm.path).exists():
         return Text(config.llm), config
     folder = tempfile.mkdtemp(prefix="flallm-plan-")
-    AutoConfig.for_model(**shape).save_pretrained(folder)
+    (Path(folder) / "config.json").write_text(json.dumps(shape))
     return Words(shape["vocab_size"]), replace(config, llm=replace(config.llm, path=folder))
 
 

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from models import KINDS, save
+from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig
 
 from flallm import UserError
 from flallm import config as cfg
+from flallm.checkpoint import _unique_tensors, load_model
 from flallm.loader import IGNORE, Clips
-from flallm.model.llm import load_llm
+from flallm.model.llm import load_llm, untie
 from flallm.model.translator import Translator
 from flallm.text import Text
 
@@ -73,6 +75,20 @@ def test_mbart_50_answers_after_its_end_token_and_the_languages_code(folders):
     assert text.start == [text.tokenizer.convert_tokens_to_ids("i")]  # this one starts from <s>, as mBART does from the code
     text.config.decoder_start_token_id = text.end
     assert text._start(cfg.LLM(language="i")) == [text.end, text.tokenizer.convert_tokens_to_ids("i")]
+
+
+def test_a_head_that_is_not_tied_stays_so_in_a_checkpoint(built, folders, tmp_path):
+    """As in mT5's published weights; transformers' own config says that it is."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folders["mt5"])
+    untie(model, "lm_head.weight")
+    model.lm_head.weight.data.mul_(2)
+    for saved in (model, AutoTokenizer.from_pretrained(folders["mt5"])):
+        saved.save_pretrained(tmp_path)
+    trained, again = (built("mt5", **{"llm.path": str(tmp_path), "llm.random": random})[1] for random in (False, True))
+    assert (trained.language.lm_head.weight != trained.language.shared.weight).all() and again.language.lm_head.weight is again.language.shared.weight
+    save_file(_unique_tensors(trained), tmp_path / "model.safetensors")
+    load_model(tmp_path, again)
+    assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values()))
 
 
 @pytest.mark.parametrize("embeddings", [None, True, False])

@@ -15,7 +15,8 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -94,6 +95,8 @@ def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
             model = auto.from_pretrained(config.path, config=shape, **options)
         else:
             model = auto.from_config(shape, **options)
+            if not PretrainedConfig.get_config_dict(config.path)[0].get("tie_word_embeddings", True) and shape.tie_word_embeddings:
+                untie(model, "lm_head.weight")  # mT5 and T5 1.1: transformers ties what their published weights do not
     except (OSError, ValueError) as error:
         raise UserError(f"llm.path: no model can be loaded from {config.path}: {str(error).splitlines()[0]}") from None
     model.generation_config = GenerationConfig()  # else sampling and penalties of an instruction-tuned model would get into beam search
@@ -105,6 +108,12 @@ def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
         for words in (model.get_input_embeddings(), model.get_output_embeddings()):
             words.requires_grad_(config.train_embeddings)
     return model
+
+
+def untie(module: nn.Module, name: str) -> None:
+    """Gives a parameter that is another's as well values of its own."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(module.get_parameter(name).detach().clone()))
 
 
 def add_lora(model: PreTrainedModel, config: LLM) -> PreTrainedModel:
