@@ -130,6 +130,32 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
 
 
 @SetParseFn(str)
+def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str = "0") -> Job:
+    """Writes a pre-trained model without the tokens that the training text of a data set does not need; `--llm.path=OUT` then names it.
+
+    Args:
+        llm: a folder or hub name in Hugging Face layout
+        shards: the data set
+        out: the folder to write
+        text: a file with other text of the language, a sentence a line …
+        most: … of which so many of the most frequent tokens are kept as well, for words that training lacks
+    """
+    if not most.isdecimal():
+        raise UserError(f"--most: {most!r} is not a whole number")
+    if bool(text) != bool(int(most)):
+        raise UserError("--text and --most belong together: a file, and how many of its tokens to keep")
+    if text and not Path(text).is_file():
+        raise UserError(f"--text: {text} does not exist")
+
+    def work() -> None:
+        from flallm.trim import trim
+
+        print(trim(llm, shards, Path(out), Path(text) if text else None, int(most)))
+
+    return Job(work)
+
+
+@SetParseFn(str)
 def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | None = None, clips_per_s: str | None = None, **overrides: str) -> Job:
     """What a recipe will take on so many GPUs: parameters, memory, steps, hours, communication, decoding, checkpoints, failures. Exit code 1: it does not fit.
 
@@ -291,7 +317,7 @@ def _ranks(timeout: float = 600):
         engine.leave()
 
 
-COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, plan, score, compare, ablate, translate)}
+COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, trim, plan, score, compare, ablate, translate)}
 
 
 def run(commands: dict[str, Callable], name: str) -> int:

@@ -148,6 +148,7 @@ class Step:
     parts: dict[str, tuple[int, int]]  # part -> (parameters that train, that are frozen)
     largest_group: int  # parameters of the largest group of the optimiser
     norms: int  # BatchNorms that train
+    trimmed: int  # parameters of words that `flallm trim` has left out
     reduced: int  # bytes of gradients as they are sent
     flops: int
     encoder_flops: int
@@ -185,11 +186,18 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
         {part: tuple(sum(p.numel() for p in params if p.requires_grad is trains) for trains in (True, False)) for part, params in count.items()},
         max(sum(p.numel() for p in group["params"]) for group in groups),
         len(engine.moving_statistics(model)) // 3,
+        _trimmed(model),
         sum(p.numel() * (2 if id(p) in half else 4) for p in trained),
         counter.get_total_flops(),
         sum(by_module.get("Translator.encoder", {}).values()),
         live.most + video.nbytes,
     )
+
+
+def _trimmed(model: Translator) -> int:
+    tables = {id(m.weight): m.weight.shape for m in (model.language.get_input_embeddings(), model.language.get_output_embeddings())}
+    before = getattr(model.language.config, "trimmed_from", 0)
+    return sum((before - words) * width for words, width in tables.values()) if before else 0
 
 
 @dataclass
@@ -348,6 +356,9 @@ def _figures(
     trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
     yield Figure("parameters", "trained", trained, "M", ", ".join(f"{part} {t / 1e6:.2f}" for part, (t, _) in step.parts.items() if t))
     yield Figure("parameters", "frozen", frozen, "M", ", ".join(f"{part} {f / 1e6:.2f}" for part, (_, f) in step.parts.items() if f) or "none")
+
+    if step.trimmed:
+        yield Figure("parameters", "trimmed away", step.trimmed, "M", "words that the training text does not need, left out by flallm trim")
 
     most = memory(config, step, N, device)
     zero = f"/ {N} ranks"

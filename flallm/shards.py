@@ -299,3 +299,12 @@ class Shards:
         if said["num_frames"] != row["frames"]:
             raise BadSample(f"{self.folder}/{name}: sample {i} has {said['num_frames']} frames by its JSON, {row['frames']} by the index")
         return video, said
+
+    def meta(self, i: int) -> dict:
+        """The JSON of sample i without its video, and so unchecked: for looking at texts. {} where it cannot be read."""
+        name, start = self._shard(int(self.index["shard"][i])), int(self.index["json_offset"][i])
+        try:
+            said = json.loads(self.store.read(name, start, start + int(self.index["json_size"][i])))
+            return said if isinstance(said, dict) and isinstance(said.get("key"), str) and isinstance(said.get("text"), str) else {}
+        except (OSError, ValueError, RecursionError):
+            return {}

@@ -28,6 +28,7 @@ def test_names_and_options_are_frozen():
         "joint": ["recipe", "run_dir", "overrides"],
         "evaluate": ["run", "split"],
         "features": ["run", "out", "dtype", "copies"],
+        "trim": ["llm", "shards", "out", "text", "most"],
         "plan": ["recipe", "world_size", "gpu", "stage", "clips_per_s", "overrides"],
         "score": ["hypotheses", "references", "convention"],
         "compare": ["run_a", "run_b", "split"],

@@ -1,0 +1,135 @@
+"""A pre-trained model without the words that a data set does not need: most of a multilingual model is its vocabulary.
+
+What is kept: special tokens and language codes, bytes, every token of the training text, and on request the most frequent ones of another
+text, so that words of validation do not turn into `<unk>`. Kept tokens stay in their order and keep their embeddings, so
+the model gives them the same logits. Text made of kept tokens is split as before: Unigram finds the best of fewer splits, of which the best
+of all is one, and of BPE all merges are kept that lead to a kept token, with their parts. The result is an ordinary Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from flallm import UserError
+from flallm.config import LLM
+from flallm.model.llm import load_llm
+from flallm.shards import Shards, splits_of
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id")
+
+
+def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int = 0) -> str:
+    """Writes the trimmed model of a folder or hub name to `out` and returns what there is to say. most: tokens of the file `text` to keep besides."""
+    if out.exists():
+        raise UserError(f"{out} exists already")
+    model = load_llm(LLM(path=path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {path} is not one of the tokenizers library")
+    counts = {split: _count(tokenizer, _texts(Shards(shards, split))) for split in splits_of(shards)}
+    frequent = _count(tokenizer, text.read_text(encoding="utf-8").splitlines()) if text else Counter()
+    before, parameters = model.get_input_embeddings().num_embeddings, model.num_parameters()
+    kept, small = trim_tokenizer(tokenizer, {*counts.pop("train"), *(i for i, _ in frequent.most_common(most))})
+    trim_model(model, kept)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for saved in (model, small):
+        saved.save_pretrained(part)
+    part.replace(out)
+    said = [f"vocabulary  {before:,} -> {len(kept):,} tokens", f"parameters  {parameters / 1e6:.1f} M -> {model.num_parameters() / 1e6:.1f} M"]
+    for split, count in counts.items():
+        lost = sum(n for i, n in count.items() if i not in kept)
+        said.append(f"{split:11} {lost / max(1, count.total()):.2%} of the tokens lost")
+    return "\n".join([*said, f"written to {out}"])
+
+
+def _texts(shards: Shards) -> Iterable[str]:
+    return (meta["text"] for meta in map(shards.meta, range(len(shards))) if meta)
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter:
+    return Counter(i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, used: set[int]) -> tuple[dict[int, int], PreTrainedTokenizerFast]:
+    """({id as it was: id as it is}, the tokenizer of these tokens)."""
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = data["model"]["vocab"]  # Unigram: [[piece, score]], by id; otherwise {piece: id}
+    ids = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
+    names = {i: piece for piece, i in ids.items()}
+    alphabet = (
+        {*ByteLevel.alphabet(), *(f"<0x{byte:02X}>" for byte in range(256))} if data["model"]["type"] == "BPE" or data["model"].get("byte_fallback") else set()
+    )
+    always = {*tokenizer.all_special_ids, *(t["id"] for t in data["added_tokens"]), *(ids[piece] for piece in alphabet & ids.keys())}
+    unknown = data["model"].get("unk_id", ids.get(data["model"].get("unk_token")))
+    kept = used | always | ({unknown} if unknown is not None else set())
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in data["model"].get("merges", [])]
+    parts: dict[str, list[str]] = {}
+    for a, b in merges:
+        parts.setdefault(a + b, []).extend((a, b))
+    todo = [names[i] for i in kept if i in names]
+    while todo:  # what a kept token is merged from
+        for part in parts.pop(todo.pop(), []):
+            if ids[part] not in kept:
+                kept.add(ids[part])
+                todo.append(part)
+            elif part in parts:
+                todo.append(part)
+    new = {old: i for i, old in enumerate(sorted(kept))}
+    if isinstance(vocab, list):
+        data["model"]["vocab"] = [entry for i, entry in enumerate(vocab) if i in new]
+        data["model"]["unk_id"] = new.get(unknown)
+    else:
+        data["model"]["vocab"] = {piece: new[i] for piece, i in vocab.items() if i in new}
+    if merges:
+        data["model"]["merges"] = [[a, b] for a, b in merges if all(ids.get(x) in new for x in (a, b, a + b))]
+    for token in data["added_tokens"]:
+        token["id"] = new[token["id"]]
+    _renumber(data["post_processor"], new)
+    special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    extra = [token for token in tokenizer.all_special_tokens if token not in special.values()]
+    return new, PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **special, extra_special_tokens=extra)
+
+
+def _renumber(processor: dict | None, new: dict[int, int]) -> None:
+    """Puts the new ids into a post-processor of a tokenizer.json."""
+    for token in (processor or {}).get("special_tokens", {}).values():  # TemplateProcessing
+        token["ids"] = [new[i] for i in token["ids"]]
+    for end in ("sep", "cls"):  # BERT's and RoBERTa's
+        if end in (processor or {}):
+            processor[end][1] = new[processor[end][1]]
+    for one in (processor or {}).get("processors", []):
+        _renumber(one, new)
+
+
+def trim_model(model: torch.nn.Module, kept: dict[int, int]) -> None:
+    """Leaves the model these tokens; `trimmed_from` in its config is how many there were."""
+    rows, before = torch.tensor(list(kept)), model.get_input_embeddings().num_embeddings
+    # Not by resize_token_embeddings, which ties what the config says is tied, as T5's always does.
+    tables = {id(w): nn.Parameter(w.detach()[rows]) for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    for module in model.modules():
+        if id(getattr(module, "weight", None)) in tables:
+            module.weight = tables[id(module.weight)]
+            setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(rows))
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias = model.final_logits_bias[:, rows]
+    model.config.vocab_size = len(rows)
+    for config in (model.config, model.generation_config):
+        for name in SPECIAL_IDS:
+            value = getattr(config, name, None)
+            if value is not None:
+                setattr(config, name, [kept[i] for i in value] if isinstance(value, list) else kept[value])
+    model.config.trimmed_from = before
