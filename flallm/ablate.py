@@ -76,8 +76,11 @@ class Study:
 
     def _changes(self, stage: str, fields: dict) -> tuple[tuple[str, object], ...]:
         """Those of the fields that the recipe does not have like this already."""
-        joint = cfg.flat(cfg.load(self.recipe, "joint", self.overrides))
-        fields = {name: joint[name] if value == "=joint" else value for name, value in fields.items()}
+        sections = {f"={name}": cfg.flat(cfg.load(self.recipe, name, self.overrides)) for name in cfg.STAGES}
+        for name, value in fields.items():
+            section, _, field = str(value).partition(".")
+            if section in sections:
+                fields = fields | {name: sections[section][field]}
         usual = cfg.flat(cfg.load(self.recipe, stage, self.overrides))
         found = cfg.flat(cfg.load(self.recipe, stage, self.overrides | fields))
         return tuple(sorted((name, found[name]) for name in fields if found[name] != usual[name]))
