@@ -75,7 +75,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         for state.step in range(first + 1, total + 1):
             with log.waiting():
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
-            engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))  # noqa: B023
+            engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))
             most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
             flags = (asked.stop, writer.written, writer.due() and ranks.first)
             step = engines.train_step(engine, micro_batches, ranks, *flags, most=most, norms=log.is_due())
