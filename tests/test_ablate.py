@@ -68,6 +68,8 @@ DIFFERENCES = {
         "one pass": ("joint", ONE_PASS, None),
         "one pass with the LLM from a third of it on": ("joint", {**ONE_PASS, "train.llm_start": 0.3333}, None),
     },
+    "stack": {"none": ("stage2", {}, {}), "two": ("stage2", {"llm.stack": 2}, {}), "four": ("stage2", {"llm.stack": 4}, {})},
+    "lora": {"all weights": ("stage2", {}, {}), "LoRA of rank 16": ("stage2", {"llm.lora.rank": 16, "train.lr_language": 2e-4}, {})},
     "fig2": {"joint training": ("joint", {}, None), "stage 1": ("stage1", {}, None)},
     "fig4": {
         "1/3": ("stage2", {}, {"train.epochs": 25}),
