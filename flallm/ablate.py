@@ -76,8 +76,11 @@ class Study:
 
     def _changes(self, stage: str, fields: dict) -> tuple[tuple[str, object], ...]:
         """Those of the fields that the recipe does not have like this already."""
-        joint = cfg.flat(cfg.load(self.recipe, "joint", self.overrides))
-        fields = {name: joint[name] if value == "=joint" else value for name, value in fields.items()}
+        sections = {f"={name}": cfg.flat(cfg.load(self.recipe, name, self.overrides)) for name in cfg.STAGES}
+        for name, value in fields.items():
+            section, _, field = str(value).partition(".")
+            if section in sections:
+                fields = fields | {name: sections[section][field]}
         usual = cfg.flat(cfg.load(self.recipe, stage, self.overrides))
         found = cfg.flat(cfg.load(self.recipe, stage, self.overrides | fields))
         return tuple(sorted((name, found[name]) for name in fields if found[name] != usual[name]))
@@ -282,7 +285,8 @@ def paired(ours: np.ndarray, theirs: np.ndarray, difference: float) -> dict:
 
 def markdown(result: dict) -> str:
     """The table in the paper's layout, with the paper's numbers at the right."""
-    cells = [["", "B4 [95 %]", "R", f"B4 against {result['choice']}", "B4, swapped videos", "hours", "paper: B4 (R)"]]
+    choice = result["choice"]
+    cells = [["", "B4 [95 %]", "R", *([f"B4 against {choice}"] if choice else []), "B4, swapped videos", "hours", "paper: B4 (R)"]]
     for name, row in result["rows"].items():
         test, paper = row.get("against_choice"), row["paper"]
         low, high = row["bleu4"]["ci95"]
@@ -290,7 +294,7 @@ def markdown(result: dict) -> str:
         theirs = f"{paper['bleu4']:.2f}" + (f" ({paper['rouge_l']:.2f})" if "rouge_l" in paper else "") if paper else ""
         theirs += f", {paper['hours']:.2f} h" if "hours" in paper else ""
         b4, r, swapped = (_mean_sd(row[score]) for score in ("bleu4", "rouge_l", "swapped_bleu4"))
-        cells.append([name, f"{b4} [{low:.2f}, {high:.2f}]", r, against, swapped, f"{row['hours']:.2f}", theirs])
+        cells.append([name, f"{b4} [{low:.2f}, {high:.2f}]", r, *([against] if choice else []), swapped, f"{row['hours']:.2f}", theirs])
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     lines.insert(1, "|" + "---|" * len(cells[0]))
     seeds = f"mean ± s.d. over {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"

@@ -101,6 +101,9 @@ class Train:
     lr_encoder: float = 1e-2
     lr_adapter: float = 1e-2
     lr_language: float = 1e-2
+    one_pass: bool = False  # in joint: the encoder learns from Light-T as in stage 1, beside an LLM that reads its features and leaves it alone …
+    lr_first: float = 1e-2  # … of that Light-T and its adapter
+    llm_start: float = 0.0  # … share of the steps after which LLM and LLM-adapter begin to learn, with their own warm-up and cosine
     momentum: float = 0.9  # of sgd
     betas: tuple[float, ...] = (0.9, 0.998)  # of adamw
     weight_decay: float = 1e-3
@@ -225,6 +228,10 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
     for name, choices in CHOICES.items():
         if (value := flat(config)[name]) not in choices:
             raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
+    if config.train.one_pass and config.stage != "joint":
+        raise UserError(f"train.one_pass: {config.stage} is one of two passes, joint takes it")
+    if not 0 <= config.train.llm_start < 1:
+        raise UserError(f"train.llm_start: {config.train.llm_start} is no share of the steps from 0 to below 1")
     if config.stage == "joint" and config.llm.input != "signs":
         raise UserError(f"llm.input: {config.llm.input} is for stage 2, joint trains on signs")
     if config.data.crop > config.data.resize:

@@ -163,7 +163,10 @@ def parameter_groups(model: Translator, config: Train) -> list[dict]:
         modules = [getattr(model, part)] + ([model.words] if part == "adapter" and model.word_loss else [])
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if params:
-            groups.append({"name": part, "params": params, "lr": getattr(config, f"lr_{part}")})
+            start = config.llm_start if model.one_pass and part != "encoder" else 0.0
+            groups.append({"name": part, "params": params, "lr": getattr(config, f"lr_{part}"), "start": start})
+    if model.one_pass:
+        groups.append({"name": "first", "params": list(model.first.parameters()), "lr": config.lr_first, "start": 0.0})
     return groups
 
 
@@ -270,9 +273,10 @@ def deepspeed_config(config: Train, device: str) -> dict:
     return settings
 
 
-def set_learning_rates(engine, config: Train, factor: float) -> None:
+def set_learning_rates(engine, config: Train, factor: Callable[[float], float]) -> None:
+    """factor: what the rates of a group are multiplied by that begins to learn after a share of the steps."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = factor * getattr(config, f"lr_{group['name']}")
+        group["lr"] = factor(group["start"]) * getattr(config, f"lr_{group['name']}")
 
 
 @dataclass(frozen=True)

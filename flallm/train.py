@@ -75,7 +75,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         for state.step in range(first + 1, total + 1):
             with log.waiting():
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
-            engines.set_learning_rates(engine, config.train, schedule(config.train, state.step - 1, total))
+            engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))
             most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
             flags = (asked.stop, writer.written, writer.due() and ranks.first)
             step = engines.train_step(engine, micro_batches, ranks, *flags, most=most, norms=log.is_due())
@@ -155,8 +155,11 @@ def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None
         checkpoint.load(stage1, model.light_t.encoder, "language.model.encoder.")
 
 
-def schedule(config: Train, step: int, total: int) -> float:
-    """What the learning rates are multiplied by: a linear rise over the warm-up, then a cosine down to 0."""
+def schedule(config: Train, step: int, total: int, start: float = 0.0) -> float:
+    """What the learning rates are multiplied by: a linear rise over the warm-up, then a cosine down to 0, both over the steps after `start`, a share of all."""
+    step, total = step - round(start * total), total - round(start * total)
+    if step < 0:
+        return 0.0
     warmup = config.warmup * total
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -20,6 +20,7 @@ from flallm.model.translator import Translator
 from flallm.text import Text
 
 T5 = {"llm.path": "google/mt5-base", "llm.language": None}
+ONE_PASS = {"train.one_pass": True, "train.batch": 8, "train.lr_encoder": 1e-2}  # all else is alike in the recipe's sections
 JOINT_RATE = {"train.lr_encoder": 1e-3}
 # table -> row -> (stage that is scored, what differs there from phoenix14t.yaml, what differs in the stage 1 below it)
 DIFFERENCES = {
@@ -62,6 +63,13 @@ DIFFERENCES = {
         "frames": ("stage2", {"train.mask_frames": 5}, {}),
         "frames and channels": ("stage2", {"train.mask_frames": 5, "train.mask_channels": 16}, {}),
     },
+    "onepass": {
+        "stage 1 then stage 2": ("stage2", {}, {}),
+        "one pass": ("joint", ONE_PASS, None),
+        "one pass with the LLM from a third of it on": ("joint", {**ONE_PASS, "train.llm_start": 0.3333}, None),
+    },
+    "stack": {"none": ("stage2", {}, {}), "two": ("stage2", {"llm.stack": 2}, {}), "four": ("stage2", {"llm.stack": 4}, {})},
+    "lora": {"all weights": ("stage2", {}, {}), "LoRA of rank 16": ("stage2", {"llm.lora.rank": 16, "train.lr_language": 2e-4}, {})},
     "fig2": {"joint training": ("joint", {}, None), "stage 1": ("stage1", {}, None)},
     "fig4": {
         "1/3": ("stage2", {}, {"train.epochs": 25}),
@@ -146,6 +154,7 @@ def train_all(studies: list[Study]) -> None:
 def done(overrides, tmp_path_factory) -> dict[str, Study]:
     out = tmp_path_factory.mktemp("ablate")
     studies = {table: Study("demo", table, 1, [], overrides, out) for table in ("4", "5", "8", "9", "fig2")}
+    studies["onepass"] = Study("demo", "onepass", 1, ["one pass with the LLM from a third of it on"], overrides, out)
     engine.launch(train_all, 1, list(studies.values()))
     return studies
 
@@ -174,6 +183,7 @@ def changed(study: Study, row: str, since: str) -> set[str]:
         ("9", "backbone + temporal", "stage1", set()),
         ("5", "LLM fine-tuning only", "start", {"temporal"}),
         ("4", "joint", "start", {"backbone", "temporal"}),
+        ("onepass", "one pass with the LLM from a third of it on", "start", {"backbone", "temporal"}),
     ],
 )
 def test_what_a_row_freezes_is_frozen_to_the_bit_and_the_rest_trains(done, table, row, since, expected):

@@ -110,6 +110,20 @@ def test_masks_hide_stretches_and_channels_of_each_clip_in_training_alone(small)
     assert model.eval()._masked(features, lengths) is features
 
 
+def test_in_one_pass_the_encoder_has_the_gradient_of_stage_1_and_none_of_the_language_models(small):
+    config = small("joint", {"train.one_pass": "true", "llm.dropout": 0})
+    torch.manual_seed(0)
+    model = Translator(config, Text(config.llm)).train()
+    alone = Translator(small("stage1"), model.text).train()
+    alone.load_state_dict(model.first.state_dict() | {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()})
+    clips = Clips("train", config.data, 0)
+    for translator in (model, alone):
+        translator(batch_of(translator, clips, 0, 1, 2))[0].backward()
+    ours, theirs = (dict(m.encoder.named_parameters()) for m in (model, alone))
+    assert len(ours) > 20 and all(torch.equal(p.grad, theirs[name].grad) for name, p in ours.items())
+    assert all(p.grad is not None and p.grad.any() for p in (model.adapter[0].weight, model.first.adapter[0].weight, model.first.words.weight))
+
+
 def test_the_adapter_stands_where_word_embeddings_stood(small):
     """Word embeddings fed through the adapter's place give mBART's own outputs: scale, positions and LayerNorm as for words."""
     config = small("stage2")

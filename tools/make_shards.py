@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fire.decorators import SetParseFn
@@ -60,15 +60,13 @@ def synthetic(
     counts |= {name: _whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
     numbers = {"seed": _whole("seed", seed), **counts, "size": _whole("size", size)}
 
-    def clips() -> Iterator[Clip]:
-        if turned.sentences:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            text = synthetic.sentences("text", turned.sentences, numbers["seed"], turned)
-            (Path(out) / "text.txt").write_text("".join(f"{sentence}\n" for _, sentence in text))
-        return synthetic.clips(**numbers, dials=turned)
+    def text() -> Iterator[str]:
+        return (sentence for _, sentence in synthetic.sentences("text", turned.sentences, numbers["seed"], turned))
 
-    corpus = {"name": "synthetic", **numbers} | ({} if turned == synthetic.DEMO else {"preset": preset, "dials": vars(turned)})
-    return _job(clips, out, options, corpus)
+    corpus = {"name": "synthetic", **numbers}
+    if turned != synthetic.DEMO:
+        corpus |= {"preset": preset, "dials": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(turned).items()}}
+    return _job(lambda: synthetic.clips(**numbers, dials=turned), out, options, corpus, text if turned.sentences else None)
 
 
 @SetParseFn(str)
@@ -190,7 +188,7 @@ def _part(value: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _job(clips, out: str, options: dict[str, str], corpus: dict) -> cli.Job:
+def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[[], Iterator[str]] | None = None) -> cli.Job:
     processes, part = options.pop("processes", None), _part(options.pop("part", "0/1"))
     encoding = config.from_options(Options, options)
 
@@ -200,6 +198,8 @@ def _job(clips, out: str, options: dict[str, str], corpus: dict) -> cli.Job:
         if not dataset:
             print(f"part {part[0]} of {part[1]} is made; when all are, the same command without --part joins them")
             return
+        if text:
+            (Path(out) / "text.txt").write_text("".join(f"{sentence}\n" for sentence in text()))
         for split, counts in dataset["splits"].items():
             print(f"{split}: {counts['clips']} clips, {counts['frames']} frames")
         print(f"rows kept: sha256 {dataset['rows_sha256'][:16]}…, left out: {len(dataset['left_out'])}")

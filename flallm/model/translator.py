@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,11 @@ class Translator(nn.Module):
         if self.input == "light_t":
             self.light_t = HiddenStates(adapter(config.encoder.channels, C), config.light_t, text)
         self.adapter = adapter(C * self.stack, self.language.get_input_embeddings().embedding_dim)
-        self.word_loss = config.train.word_loss
+        self.one_pass = config.train.one_pass
+        if self.one_pass:  # the encoder learns from Light-T as in stage 1, and the LLM reads what it sees without a gradient back to it
+            self.first = Translator(replace(config, stage="stage1", train=replace(config.train, one_pass=False)), text)
+            del self.first.encoder
+        self.word_loss = 0 if self.one_pass else config.train.word_loss
         if self.word_loss:
             self.words = nn.Linear(C, len(text))
         self.encoder.freeze(config.frozen)
@@ -81,7 +86,14 @@ class Translator(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens."""
-        features, labels = self._masked(self.features(batch), batch.lengths), batch.labels
+        features = self._masked(self.features(batch), batch.lengths)
+        if not self.one_pass:
+            return self._loss(features, batch)
+        objective, loss = self._loss(features.detach(), batch)
+        return self.first._loss(features, batch)[0] + objective, loss
+
+    def _loss(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = batch.labels
         logits = self.family.logits(self._read(features, batch.lengths), labels)  # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, label_smoothing=self.label_smoothing, reduction="sum")
         if not self.word_loss:
