@@ -5,3 +5,10 @@ __version__ = "0.1.0"
 
 class UserError(Exception):
     """A mistake the user can mend: the command prints the message as one line and exits with code 2."""
+
+
+def load(folder, device="cpu"):
+    """The model of a folder that `flallm export` wrote, or of a run: `load(folder).translate(video)` is a sentence."""
+    from flallm.export import Model
+
+    return Model(folder, device)

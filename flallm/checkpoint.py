@@ -85,7 +85,7 @@ class Writer:
         self.manifest = {"step": state.step, "dev_bleu4": dev_bleu4, "world_size": self.ranks.world_size, "state": asdict(state), **self.facts}
         tensors = {f"rank-{self.ranks.rank}.safetensors": rank_tensors(engine, self.ranks)}
         if self.ranks.first:
-            tensors["model.safetensors"] = _unique_tensors(engine.module)
+            tensors["model.safetensors"] = unique_tensors(engine.module)
         copies = {name: {k: v.detach().to("cpu", copy=True) for k, v in content.items()} for name, content in tensors.items()}
         self.files = self.thread.submit(_write, self.folder / f".step-{state.step}.part", copies)
 
@@ -268,7 +268,7 @@ def lock(run: Path, ranks: Ranks) -> Iterator[None]:
             file.close()
 
 
-def _unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state without the second and further names of a shared tensor, which safetensors does not take, and without what the run holds elsewhere."""
     left_out = {*_shared_names(model), *model.base}
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in left_out}

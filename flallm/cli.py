@@ -195,6 +195,27 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
 
 
 @SetParseFn(str)
+def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown") -> Job:
+    """Writes a run's best model as a folder of its own, with a model card: `flallm.load(OUT).translate(video)`.
+
+    Args:
+        run: the folder of a run
+        out: the folder to write
+        lora: merged or separate: whether low-rank updates are added to the weights under them
+        license: what the card says of this model's licence
+    """
+    if lora not in ("merged", "separate"):
+        raise UserError(f"--lora: {lora!r} is neither merged nor separate")
+
+    def work() -> None:
+        from flallm.export import export
+
+        export(Path(run), Path(out), lora == "merged", license)
+
+    return Job(work)
+
+
+@SetParseFn(str)
 def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> Job:
     """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
 
@@ -295,10 +316,12 @@ def translate(run: str, *videos: str) -> Job:
         raise UserError("translate needs at least one video file")
 
     def work() -> None:
-        from flallm.evaluate import translate
+        from flallm.evaluate import load_run, translate
 
+        if missing := next((path for path in videos if not Path(path).is_file()), None):
+            raise UserError(f"{missing} does not exist")
         with _ranks() as ranks:
-            for path, sentence in zip(videos, translate(Path(run), list(videos), ranks.device)):
+            for path, sentence in zip(videos, translate(*load_run(Path(run), ranks.device), list(videos), ranks.device)):
                 print(f"{path}\t{sentence}" if len(videos) > 1 else sentence)
 
     return Job(work)
@@ -317,7 +340,7 @@ def _ranks(timeout: float = 600):
         engine.leave()
 
 
-COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, trim, plan, score, compare, ablate, translate)}
+COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, trim, plan, score, compare, ablate, translate, export)}
 
 
 def run(commands: dict[str, Callable], name: str) -> int:

@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import flallm
 from flallm import UserError, config
 from flallm.corpora import synthetic
 from flallm.encode import Options
@@ -25,7 +26,6 @@ def demo(out: Path) -> None:
         dataset = make_shards(synthetic.clips(), out / "shards", Options(short_side=72, per_shard=250), {"name": "synthetic"})
         print(", ".join(f"{split} {n['clips']} clips" for split, n in dataset["splits"].items()), flush=True)
     from flallm import engine
-    from flallm.evaluate import translate
 
     with _step("2/5  language model: a small mBART, pre-trained on text of the same language", seconds):
         if not (out / "llm").exists():
@@ -36,9 +36,7 @@ def demo(out: Path) -> None:
         test = Shards(out / "shards", "test")
         video, meta = test.read(len(test) // 2)
         (out / "clip.mp4").write_bytes(video)
-        import torch
-
-        print(f"$ flallm translate {out / 'stage2'} {out / 'clip.mp4'}\n{translate(out / 'stage2', [str(out / 'clip.mp4')], torch.device('cpu'))[0]}")
+        print(f"$ flallm translate {out / 'stage2'} {out / 'clip.mp4'}\n{flallm.load(out / 'stage2').translate(out / 'clip.mp4')}")
         print(f"(reference: {meta['text']})")
     _summary(out)
 

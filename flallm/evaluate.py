@@ -79,7 +79,10 @@ def load_run(run: Path, device: torch.device) -> tuple[Translator, Config]:
         raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
     config = cfg.from_dict(Config, cfg.read_yaml(path), str(path))
     model = of_run(config, run)
-    checkpoint.load(run, model)
+    if (run / "model.safetensors").is_file():  # by `flallm export`
+        checkpoint.load_model(run, model)
+    else:
+        checkpoint.load(run, model)
     return model.to(device).eval(), config
 
 
@@ -117,14 +120,12 @@ def note_bad_samples(run: Path, bad: list[dict]) -> None:
         file.writelines(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
 
 
-def translate(run: Path, videos: list[str], device: torch.device) -> list[str]:
+def translate(model: Translator, config: Config, videos: list[str], device: torch.device) -> list[str]:
     """A sentence for each video file."""
+    sentences = []
     for path in videos:
         if not Path(path).is_file():
             raise UserError(f"{path} does not exist")
-    model, config = load_run(run, device)
-    sentences = []
-    for path in videos:
         try:
             frames = video.decode(path, config.data.resize, config.data.stride, config.data.max_frames)
         except BROKEN as error:

@@ -28,6 +28,7 @@ def test_names_and_options_are_frozen():
         "joint": ["recipe", "run_dir", "overrides"],
         "evaluate": ["run", "split"],
         "features": ["run", "out", "dtype", "copies"],
+        "export": ["run", "out", "lora", "license"],
         "trim": ["llm", "shards", "out", "text", "most"],
         "plan": ["recipe", "world_size", "gpu", "stage", "clips_per_s", "overrides"],
         "score": ["hypotheses", "references", "convention"],

@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig
 
 from flallm import UserError
 from flallm import config as cfg
-from flallm.checkpoint import _unique_tensors, load_model
+from flallm.checkpoint import load_model, unique_tensors
 from flallm.loader import IGNORE, Clips
 from flallm.model.llm import load_llm, untie
 from flallm.model.translator import Translator
@@ -86,7 +86,7 @@ def test_a_head_that_is_not_tied_stays_so_in_a_checkpoint(built, folders, tmp_pa
         saved.save_pretrained(tmp_path)
     trained, again = (built("mt5", **{"llm.path": str(tmp_path), "llm.random": random})[1] for random in (False, True))
     assert (trained.language.lm_head.weight != trained.language.shared.weight).all() and again.language.lm_head.weight is again.language.shared.weight
-    save_file(_unique_tensors(trained), tmp_path / "model.safetensors")
+    save_file(unique_tensors(trained), tmp_path / "model.safetensors")
     load_model(tmp_path, again)
     assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values()))
 

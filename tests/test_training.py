@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import flallm
 from flallm import checkpoint, engine, evaluate
 from flallm import config as cfg
 from flallm.corpora import synthetic
@@ -174,4 +175,5 @@ def test_a_video_file_is_translated(runs, tmp_path):
         (tmp_path / f"{i}.mp4").write_bytes(video)
         paths.append(str(tmp_path / f"{i}.mp4"))
         texts.append(meta["text"])
-    assert evaluate.translate(out / "overfit", paths, torch.device("cpu")) == texts
+    model = flallm.load(out / "overfit")
+    assert [model.translate(path) for path in paths] == texts

@@ -1,0 +1,112 @@
+"""A run's best model as a folder of its own: what `flallm.load` reads, with a card that says what it is.
+
+config.yaml        preprocessing, model and decoding
+model.safetensors  all weights, but for those under LoRA's where these are kept apart
+llm/               tokenizer and config of the language model, and the weights under LoRA's where these are kept apart
+README.md          model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from flallm import UserError, __version__, checkpoint
+from flallm import config as cfg
+from flallm.config import Config
+from flallm.evaluate import load_run, translate
+from flallm.shards import Shards
+
+
+class Model:
+    """An exported model, or that of a run folder."""
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        self.model, self.config = load_run(Path(folder), self.device)
+
+    def translate(self, video: str | Path) -> str:
+        """The sentence of a video file that FFmpeg can read."""
+        return translate(self.model, self.config, [str(video)], self.device)[0]
+
+
+def export(run: Path, out: Path, merge: bool, licence: str) -> None:
+    """Writes the folder. merge: LoRA's updates are added to the weights under them."""
+    if out.exists():
+        raise UserError(f"{out} exists already")
+    model, config = load_run(run, torch.device("cpu"))
+    apart = config.llm.lora.rank and not merge
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    if apart:
+        shutil.copytree(run / "llm", part / "llm")
+    else:
+        if config.llm.lora.rank:
+            model.language, model.base, config.llm.lora.rank = model.language.merge_and_unload(), set(), 0
+        model.text.tokenizer.save_pretrained(part / "llm")
+        model.text.config.save_pretrained(part / "llm")
+    save_file(checkpoint.unique_tensors(model), part / "model.safetensors")
+    card = _card(run, config, sum(p.numel() for p in model.parameters()), licence)
+    config.llm.path, config.data.shards = "llm", ""
+    (part / "config.yaml").write_text(cfg.dump(config))
+    (part / "README.md").write_text(card)
+    part.replace(out)
+
+
+def _card(run: Path, config: Config, parameters: int, licence: str) -> str:
+    """In the form that model hubs read."""
+    source, train = cfg.read_yaml(run / "config.yaml")["llm"]["path"], config.train
+    try:
+        shards = Shards(config.data.shards, "train")
+        name = json.loads(shards.store.read("dataset.json")).get("corpus", {}).get("name", "unnamed")
+        data = f"{name}, {len(shards):,} training clips"
+    except (UserError, OSError, ValueError):
+        data = f"shards that are not at {config.data.shards} any more"
+    rows = []
+    for path in sorted((run / "scores").glob("*.json")):
+        for convention, scores in json.loads(path.read_text()).items():
+            if isinstance(scores, dict) and "bleu4" in scores:
+                low, high = scores["bleu4"]["ci95"]
+                bleu = f"{scores['bleu4']['value']:.2f} [{low:.2f}, {high:.2f}]"
+                rows.append(f"| {path.stem} | {convention} | {bleu} | {scores['rouge_l']['value']:.2f} | {scores['num_samples']} | `{scores['signature']}` |")
+    table = (
+        "\n".join(["| split | convention | BLEU-4 [95 %] | ROUGE-L | sentences | signature |", "|---|---|---|---|---|---|", *rows])
+        if rows
+        else "Not scored yet."
+    )
+    return f"""---
+library_name: flallm
+pipeline_tag: video-text-to-text
+tags: [sign-language-translation, gloss-free]
+license: {licence}
+base_model: {source}
+---
+# {config.name or "Unnamed"} {config.stage}
+
+Translates a video of one person signing into a sentence. {parameters / 1e6:.1f} M parameters, trained by flallm {__version__}.
+
+```python
+import flallm
+model = flallm.load("this folder")
+print(model.translate("video.mp4"))
+```
+
+## Data
+{data}. Every {config.data.stride}. frame, at most {config.data.max_frames} of a clip before that, squeezed to {config.data.resize} pixels, {config.data.crop} pixels cut from the middle.
+Stage {config.stage}, {train.steps or f"{train.epochs:g} epochs"}{" steps" if train.steps else ""} of {train.batch} clips; language model {source}.
+
+## Scores
+{table}
+
+## Licences
+This model: {licence}. It comes from the weights of {source} and from the data above, whose licences bind whoever passes it on.
+
+## Limits
+- It was trained on the signers, subjects and camera positions of its data and says nothing sure outside them.
+- It writes fluent sentences whether or not it understands what it sees: without a person who knows the sign language its output is not to be relied on.
+- One person, one sentence a video; longer ones are thinned out evenly.
+"""

@@ -1,0 +1,68 @@
+"""What is exported says the same sentences in a fresh process, without the run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+from models import save
+
+from flallm import config as cfg
+from flallm import engine
+from flallm.evaluate import evaluate
+from flallm.shards import Shards
+from flallm.train import train
+
+SHORT = {"train.steps": 6, "train.batch": 8, "train.lr_language": 1e-2, "decode.max_tokens": 10}
+
+
+def runs(configs: dict, out: Path) -> None:
+    ranks = engine.join()
+    for name, config in configs.items():
+        train(config, out / name, ranks, out / "stage1")
+    evaluate(out / "lora", "test", ranks)
+
+
+@pytest.fixture(scope="module")
+def trained(shards, llm, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("export")
+    at = {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **SHORT}
+    configs = {
+        "stage1": cfg.load("demo", "stage1", at),
+        "stage2": cfg.load("demo", "stage2", at),
+        "lora": cfg.load("demo", "stage2", at | {"llm.path": str(save("llama", out / "llama")), "llm.lora.rank": 4, "llm.prompt": "we saw {video} and"}),
+    }
+    engine.launch(runs, 1, configs, out)
+    (out / "clip.mp4").write_bytes(Shards(str(shards), "test").read(3)[0])
+    return out
+
+
+def flallm(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "flallm", *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name,options", [("stage1", []), ("stage2", []), ("lora", []), ("lora", ["--lora=separate"])])
+def test_three_lines_of_python_say_what_the_run_says(trained, tmp_path, name, options):
+    said = flallm("translate", trained / name, trained / "clip.mp4")
+    assert said.returncode == 0 and said.stdout.strip()
+    done = flallm("export", trained / name, tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/llm/model.safetensors").is_file() == bool(options)
+    program = f"import flallm\nmodel = flallm.load({str(tmp_path / 'out')!r})\nprint(model.translate({str(trained / 'clip.mp4')!r}))"
+    os.rename(trained / name, tmp_path / "away")
+    try:
+        alone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    finally:
+        os.rename(tmp_path / "away", trained / name)
+    assert alone.stdout.splitlines()[-1:] == said.stdout.splitlines()[-1:], alone.stderr
+    assert flallm("export", trained / name, tmp_path / "out").returncode == 2
+
+
+def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_path):
+    assert flallm("export", trained / "lora", tmp_path / "out", "--license=cc-by-nc-4.0").returncode == 0
+    card = (tmp_path / "out/README.md").read_text()
+    for part in ("synthetic, 24 training clips", "| test | raw |", "tok:none", "license: cc-by-nc-4.0", "## Limits"):
+        assert part in card
+    assert str(trained) not in (tmp_path / "out/config.yaml").read_text()
