@@ -160,7 +160,8 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
     from deepspeed.runtime.torch_autocast import LOWER_PRECISION_SAFE_MODULES
 
     frames, labels = torch.tensor(lengths), torch.full((len(lengths), tokens), text.end)
-    config = replace(config, encoder=replace(config.encoder, weights=None, global_batch_norm=False))
+    # Without the word loss, whose shapes depend on values; it is one linear layer.
+    config = replace(config, encoder=replace(config.encoder, weights=None, global_batch_norm=False), train=replace(config.train, word_loss=0.0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Translator(config, text, weights=False).train()
         for p in model.parameters():
