@@ -41,6 +41,7 @@ DISK = 1.0  # [assumed] GB/s of a node into a shared file system
 RESTART = 300.0  # [assumed] seconds from a failure to the first step of the next start
 MTBF = 54 * 24 * 16384 / 419  # GPU-hours between interruptions: Llama 3's 419 in 54 days on 16,384 GPUs (Dubey et al. 2024, section 3.3.4)
 LATENCY = 40e-6  # [assumed] seconds of a collective of a few numbers
+FRAME_BYTES = 700.0  # of a source frame of 256 pixels as make_shards encodes rendered signers by default; noise of a camera takes more
 DECODE = 1.5e-3  # core-seconds a used frame takes with augmentation, by docs/data.md
 
 
@@ -277,7 +278,7 @@ def cost(config: Config, world_size: int, device: Device, clips_per_s: float | N
 
 
 def _lengths(config: Config) -> tuple[np.ndarray, np.ndarray, str, float, bool]:
-    """(used frames, characters of each training clip, where these are from, bytes of a clip or 0, whether the shards hold features)."""
+    """(used frames, characters of each training clip, where these are from, bytes of a clip, whether the shards hold features)."""
     try:
         clips = Clips("train", config.data, config.seed)
         return (
@@ -295,7 +296,7 @@ def _lengths(config: Config) -> tuple[np.ndarray, np.ndarray, str, float, bool]:
         used_frames(frames, config.data.stride, config.data.max_frames),
         texts,
         f"lengths of {config.name} as published: there are no shards at {config.data.shards}",
-        0.0,
+        FRAME_BYTES * frames.mean(),
         False,
     )
 
@@ -427,7 +428,7 @@ def _figures(
             "a GPU",
             f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/data.md); data.workers is {config.data.workers}",
         )
-    if clip_bytes and seconds:
+    if seconds:
         yield Figure("reading", "bytes", clip_bytes * n / epoch_steps / seconds / 1e6, "MB/s", f"by all ranks: {clip_bytes / 1e3:.0f} kB a clip")
 
     moments = most.moments * N or (8 if train.optimizer == "adamw" else 4) * trained

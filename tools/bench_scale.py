@@ -24,7 +24,7 @@ RANKS = (8, 64, 512)
 CLIPS = {"stage1": 8, "stage2": 16}  # a GPU and step
 ROWS = [
     "data/steps", "data/balance", "data/padding", "memory/peak", "computation/time", "communication/gradients", "communication/weights", "communication/hidden",
-    "communication/exposed", "time/step", "time/run", "reading/decoding cores", "checkpoints/size", "checkpoints/holds up", "failures/best interval", "failures/lost at best",
+    "communication/exposed", "time/step", "time/run", "reading/decoding cores", "reading/bytes", "checkpoints/size", "checkpoints/holds up", "failures/best interval", "failures/lost at best",
 ]  # fmt: skip
 
 
