@@ -255,6 +255,46 @@ def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
 
 
 @SetParseFn(str)
+def probe(run: str, *, split: str = "test") -> Job:
+    """How much of a run's score comes from seeing: decodes a split from spoilt videos too, scores it in parts, and writes probes/<split>.json.
+
+    Args:
+        run: the folder of a run
+        split: train, dev or test
+    """
+
+    def work() -> None:
+        from flallm.probe import probe, table
+
+        with _ranks() as ranks:
+            found = probe(Path(run), split, ranks)
+            if ranks.first:
+                print(table(found))
+
+    return Job(work)
+
+
+@SetParseFn(str)
+def report(run: str, *, split: str = "test", clips: str = "24") -> Job:
+    """Writes report.html of a run, one file for any browser, no network: scores among the published ones, curves, probes, config, sentences with clips.
+
+    Args:
+        run: the folder of a run
+        split: train, dev or test
+        clips: how many sentences come with their clip, evenly spread from the best to the worst
+    """
+    if not clips.isdecimal():
+        raise UserError(f"--clips: {clips!r} is not a whole number")
+
+    def work() -> None:
+        from flallm.report import report
+
+        print(report(Path(run), split, int(clips)))
+
+    return Job(work)
+
+
+@SetParseFn(str)
 def ablate(
     recipe: str,
     *,
@@ -340,7 +380,7 @@ def _ranks(timeout: float = 600):
         engine.leave()
 
 
-COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, trim, plan, score, compare, ablate, translate, export)}
+COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, trim, plan, score, compare, probe, report, ablate, translate, export)}
 
 
 def run(commands: dict[str, Callable], name: str) -> int:

@@ -15,7 +15,7 @@ SENTENCES = 10  # that are shown
 
 def compare(a: Path, b: Path, split: str) -> str:
     """The comparison as text. Raises UserError where the runs were not scored on the same references."""
-    configs = [_flat(config.read_yaml(_file(run, "config.yaml", "name the --run_dir of a stage1, stage2 or joint command"))) for run in (a, b)]
+    configs = [flat(config.read_yaml(_file(run, "config.yaml", "name the --run_dir of a stage1, stage2 or joint command"))) for run in (a, b)]
     said_a, references, keys = _predictions(a, split)
     said_b, references_b, keys_b = _predictions(b, split)
     if unlike := sorted(str(key) for key, _ in set(zip(keys, references)) ^ set(zip(keys_b, references_b))):
@@ -59,11 +59,11 @@ def _scores(said_a: list[str], said_b: list[str], references: list[str], convent
     return rows
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+def flat(values: dict, prefix: str = "") -> dict[str, object]:
     """{"a.b": value}. Not by way of `Config`: a run of an older version may have other fields."""
     out = {}
     for name, value in values.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return out
 
 

@@ -26,18 +26,20 @@ def demo(out: Path) -> None:
         dataset = make_shards(synthetic.clips(), out / "shards", Options(short_side=72, per_shard=250), {"name": "synthetic"})
         print(", ".join(f"{split} {n['clips']} clips" for split, n in dataset["splits"].items()), flush=True)
     from flallm import engine
+    from flallm.report import report
 
     with _step("2/5  language model: a small mBART, pre-trained on text of the same language", seconds):
         if not (out / "llm").exists():
             engine.launch(_pretrain, 1, out)  # its own process, so that its memory is free again afterwards
     with _step(f"3/5  stage 1 and 4/5  stage 2, on {RANKS} ranks under ZeRO-2", seconds):
         engine.launch(_stages, RANKS, out)
-    with _step("5/5  one clip", seconds):
+    with _step("5/5  one clip, and a page to look at", seconds):
         test = Shards(out / "shards", "test")
         video, meta = test.read(len(test) // 2)
         (out / "clip.mp4").write_bytes(video)
         print(f"$ flallm translate {out / 'stage2'} {out / 'clip.mp4'}\n{flallm.load(out / 'stage2').translate(out / 'clip.mp4')}")
         print(f"(reference: {meta['text']})")
+        report(out / "stage2", "test", 24)
     _summary(out)
 
 
@@ -60,6 +62,7 @@ def _stages(out: Path) -> None:
     """What every rank does: both stages, each with its scores on test."""
     from flallm import engine
     from flallm.evaluate import evaluate
+    from flallm.probe import probe
     from flallm.train import train
 
     ranks = engine.join()
@@ -70,6 +73,7 @@ def _stages(out: Path) -> None:
         evaluate(out / stage, "test", ranks)
         if ranks.first:
             (out / stage / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}\n")
+    probe(out / "stage2", "test", ranks)
 
 
 def _summary(out: Path) -> None:
@@ -86,5 +90,12 @@ def _summary(out: Path) -> None:
     for p in longest_first[:: len(predictions) // 5][:5]:
         print(f"  reference   {p['reference']}\n  hypothesis  {p['hypothesis']}\n")
     print("Written:")
-    for what, path in (("shards", "shards"), ("language model", "llm"), ("stage 1", "stage1"), ("stage 2", "stage2"), ("curves", "stage*/tensorboard")):
+    for what, path in (
+        ("shards", "shards"),
+        ("language model", "llm"),
+        ("stage 1", "stage1"),
+        ("stage 2", "stage2"),
+        ("curves", "stage*/tensorboard"),
+        ("page", "stage2/report.html"),
+    ):
         print(f"  {what:15} {out / path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +27,11 @@ class Prediction:
     hypothesis: str
 
 
-def decode_split(model: Translator, config: Config, split: str, ranks: Ranks, decode: Decode, limit: int = 0) -> tuple[list[Prediction], list[dict]]:
-    """(a prediction for each of the split's clips, in the shards' order; samples left out). On every rank the same."""
+def decode_split(
+    model: Translator, config: Config, split: str, ranks: Ranks, decode: Decode, limit: int = 0, change: Callable[[Batch], Batch] | None = None
+) -> tuple[list[Prediction], list[dict]]:
+    """(a prediction for each of the split's clips, in the order of their keys; samples left out). On every rank the same.
+    change: what is done to batches before the model sees them."""
     clips = Clips(split, config.data, config.seed)
     check_features(clips, model)
     numbers = np.arange(min(limit, len(clips.used)) if limit else len(clips.used))
@@ -40,6 +44,7 @@ def decode_split(model: Translator, config: Config, split: str, ranks: Ranks, de
         for batch in batches(clips, model.text, groups, min(1, config.data.workers)):
             bad += batch.bad
             if any(batch.keys):
+                batch = change(batch) if change else batch
                 found += zip(batch.keys, batch.texts, model.translate(batch.to(ranks.device), decode))
     model.train(was_training)
     predictions = [Prediction(*p) for part in ranks.gather(found) for p in part]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sacrebleu.metrics import BLEU
@@ -75,6 +75,17 @@ def scores(hypotheses: Sequence[str], references: Sequence[str], conventions: Se
 def score(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> dict:
     """Every score under one convention."""
     return scores(hypotheses, references, [convention])[convention]
+
+
+def value(hypotheses: Sequence[str], references: Sequence[str], convention: str, name: str) -> dict:
+    """{"value", "ci95"} of one score alone."""
+    return _measure(metric(convention, name), list(hypotheses), list(references))[0]
+
+
+def splitter(convention: str) -> Callable[[str], list[str]]:
+    """Text -> what a convention counts as words outside BLEU."""
+    counts = metric(convention, "wer")
+    return lambda text: counts._preprocess_segment(text).split()
 
 
 def bleu4(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> float:

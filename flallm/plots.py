@@ -1,10 +1,14 @@
-"""Pictures of `flallm ablate`."""
+"""Pictures: of `flallm ablate`, and of dev clips for TensorBoard."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib
+import torch
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 matplotlib.use("agg")
 from matplotlib import pyplot
@@ -40,3 +44,23 @@ def dominance(runs: dict[str, list[dict]], path: Path) -> None:
     axes[0, 0].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def attention(words: list[tuple[str, torch.Tensor]]) -> pyplot.Figure:
+    """Where the model looks (time) while it says each word (a row, whose largest weight is black)."""
+    rows = torch.stack([weights / weights.max().clamp_min(1e-9) for _, weights in words])
+    figure, axes = pyplot.subplots(figsize=(6, 0.6 + 0.25 * len(words)), layout="constrained")
+    axes.imshow(rows, aspect="auto", cmap="gray_r")
+    axes.set_yticks(range(len(words)), [word.replace("$", r"\$") for word, _ in words])
+    axes.set_xticks([])
+    axes.set_xlabel("time")
+    return figure
+
+
+def gif(name: str, frames: torch.Tensor, seconds: float = 0.16) -> Summary:
+    """A clip (F, H, W, 3), uint8, that moves in TensorBoard's images; seconds: of a frame, T/4 of 25 fps."""
+    first, *rest = (Image.fromarray(frame) for frame in frames.numpy())
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=int(seconds * 1000), loop=0)
+    image = Summary.Image(height=first.height, width=first.width, colorspace=3, encoded_image_string=file.getvalue())
+    return Summary(value=[Summary.Value(tag=name, image=image)])

@@ -18,13 +18,13 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from flallm import UserError, checkpoint
+from flallm import UserError, checkpoint, plots
 from flallm import config as cfg
 from flallm import engine as engines
 from flallm.checkpoint import State, Writer
 from flallm.config import Config, Train
 from flallm.engine import AGAIN, Ranks, Step
-from flallm.evaluate import check_features, decode_split, note_bad_samples, of_run, swapped_bleu4
+from flallm.evaluate import Prediction, check_features, decode_split, note_bad_samples, of_run, swapped_bleu4
 from flallm.loader import Clips, batches
 from flallm.metrics import bleu4
 from flallm.model.llm import save_base
@@ -39,6 +39,7 @@ FREE = (
 )  # fmt: skip
 
 USUAL = 0.98  # what the running mean of the loss keeps a step: about 50 steps count
+SHOWN = 4  # dev clips in TensorBoard
 STRAGGLES = 1.25  # times the mean of all ranks' seconds a step, from which on a rank is named
 
 
@@ -172,7 +173,9 @@ def look_at_dev(model: Translator, config: Config, ranks: Ranks, log: Log) -> fl
     greedy = replace(config.decode, beam=1, batch=max(config.decode.batch, 32))
     predictions, _ = decode_split(model, config, "dev", ranks, greedy, config.train.dev_clips)
     real = bleu4([p.hypothesis for p in predictions], [p.reference for p in predictions], config.convention)
-    log.dev(real, swapped_bleu4(predictions, config.convention))
+    log.dev(real, swapped_bleu4(predictions, config.convention), time.monotonic() - began)
+    if ranks.first:
+        log.show(model, {p.key: p for p in predictions})
     log.leave_out(time.monotonic() - began)
     return real
 
@@ -185,6 +188,7 @@ class Log:
         self.began = self.last = time.monotonic()
         self.before, self.outside = state.seconds, 0.0  # seconds before this start, and of this one on dev
         self.timers = dict.fromkeys(("waiting", "computing"), 0.0)  # since the last line
+        self.shown = False
         state.sums = state.sums or dict.fromkeys(("loss", "tokens", "clips"), 0.0)
         if ranks.first:
             from torch.utils.tensorboard import SummaryWriter
@@ -273,11 +277,32 @@ class Log:
                 file.writelines(json.dumps({"step": self.state.step, "rank": rank, "why": why} | part) + "\n" for rank, part in enumerate(parts))
         self.say(f"step {self.state.step}/{self.total}  warning: {why}, the step is left out; its clips are in skipped.jsonl")
 
-    def dev(self, real: float, swapped: float) -> None:
-        self._write({"dev_bleu4": real, "dev_bleu4_swapped": swapped})
+    def dev(self, real: float, swapped: float, seconds: float) -> None:
+        self._write({"dev_bleu4": real, "dev_bleu4_swapped": swapped, "dev_seconds": seconds})
+        if self.ranks.first and self.state.step == self.total:
+            plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in cfg.flat(self.config).items()}
+            self.tensorboard.add_hparams(plain, {"hparams/dev_bleu4": real}, run_name=".", global_step=self.state.step)
         self.say(f"step {self.state.step}/{self.total}  dev BLEU-4 {real:.2f}, from swapped videos {swapped:.2f}")
         if real < 2 * swapped + 1 and self.state.step > self.total / 4:
             self.say("warning: dev scores are no better with the right video than with another: the model does not look at its input yet")
+
+    def show(self, model: Translator, said: dict[str, Prediction]) -> None:
+        """The first dev clips in TensorBoard: the sentences, where the model looks while it says them, and, once a start, the clips."""
+        clips = Clips("dev", self.config.data, self.config.seed)
+        model.eval()
+        for number in range(min(SHOWN, len(clips.shards))):
+            if not (meta := clips.shards.meta(number)) or not (one := said.get(meta["key"])):
+                continue
+            self.tensorboard.add_text(f"dev/{one.key}", f"reference: {one.reference}\n\nhypothesis: {one.hypothesis}", self.state.step)
+            batch = clips.batch(model.text, [(None, number)])
+            if not self.shown and not clips.features:
+                self.tensorboard.file_writer.add_summary(plots.gif(f"dev/{one.key}", batch.frames), self.state.step)
+            with engines.precision(self.config.train, self.ranks.device):
+                looks = model.attention(batch.to(self.ranks.device), one.hypothesis)
+            if looks:
+                self.tensorboard.add_figure(f"dev_attention/{one.key}", plots.attention(looks), self.state.step)
+        self.shown = True
+        model.train()
 
     def leave_out(self, seconds: float) -> None:
         """Time that is not to be counted as training."""

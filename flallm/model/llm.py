@@ -42,9 +42,17 @@ class EncoderDecoder:
 
     def logits(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """What the model says of each label (B, L), having read the inputs and the labels before it: (B, L, V)."""
+        return self._run(inputs, labels).logits[:, len(self.text.start) - 1 :]
+
+    def attention(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """How much it looks at each input while it says each label, the mean over layers and heads: (B, L, N)."""
+        layers = self._run(inputs, labels, output_attentions=True).cross_attentions  # each (B, heads, L, N)
+        return torch.stack(layers).mean((0, 2))[:, len(self.text.start) - 1 :]
+
+    def _run(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, **options):
         start = labels.new_tensor(self.text.start).expand(len(labels), -1)
         ids = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, self.text.pad)], 1)
-        return self.model(**inputs, decoder_input_ids=ids, use_cache=False).logits[:, start.shape[1] - 1 :]
+        return self.model(**inputs, decoder_input_ids=ids, use_cache=False, **options)
 
     def generate(self, inputs: dict[str, torch.Tensor], options: GenerationConfig) -> torch.Tensor:
         """Token ids (B, …) of an answer to each of the inputs."""
@@ -58,14 +66,19 @@ class DecoderOnly(EncoderDecoder):
     side = "left"
 
     def logits(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        return self._run(inputs, labels, logits_to_keep=labels.shape[1]).logits  # (B, L, V)
+
+    def attention(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        layers = self._run(inputs, labels, output_attentions=True).attentions  # each (B, heads, N + L - 1, N + L - 1)
+        return torch.stack(layers).mean((0, 2))[:, -labels.shape[1] :, : inputs["attention_mask"].shape[1]]
+
+    def _run(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, **options):
         known = labels[:, :-1] != IGNORE
         words = self.model.get_input_embeddings()(labels[:, :-1].masked_fill(~known, self.text.pad))
         embeddings = torch.cat([inputs["inputs_embeds"], words.to(inputs["inputs_embeds"].dtype)], 1)  # (B, N + L - 1, D)
         mask = torch.cat([inputs["attention_mask"], known.long()], 1)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        return self.model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=labels.shape[1]
-        ).logits  # (B, L, V)
+        return self.model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False, **options)
 
     def generate(self, inputs: dict[str, torch.Tensor], options: GenerationConfig) -> torch.Tensor:
         return self.model.generate(**inputs, generation_config=options)

@@ -118,6 +118,25 @@ class Translator(nn.Module):
         return {name: layer for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
 
     @torch.no_grad()
+    def attention(self, batch: Batch, sentence: str) -> list[tuple[str, torch.Tensor]]:
+        """Each word of a sentence with how much of it looks at each part (N,) of the batch's one clip: a feature, or `llm.stack` of them."""
+        ids, before = self.text.encode(sentence), self.language.config._attn_implementation
+        self.language.set_attn_implementation("eager")  # the fused kernel keeps no weights
+        inputs = self._read(self.features(batch), batch.lengths)
+        weights = self.family.attention(inputs, torch.tensor([ids], device=inputs["attention_mask"].device))[0]  # (L, N)
+        self.language.set_attn_implementation(before)
+        weights = weights[:, len(self.prompt[0]) : weights.shape[1] - len(self.prompt[1])].float().cpu()
+        words, said = [], ""
+        for i in range(len(ids) - 1):
+            longer = self.text.decode(ids[: i + 1])
+            piece, said = longer[len(said) :], longer
+            if words and not piece.startswith(" "):
+                words[-1] = (words[-1][0] + piece, [*words[-1][1], weights[i]])
+            else:
+                words.append((piece.strip(), [weights[i]]))
+        return [(word, torch.stack(rows).mean(0)) for word, rows in words]
+
+    @torch.no_grad()
     def translate(self, batch: Batch, decode: Decode) -> list[str]:
         """A sentence for each clip, by transformers' beam search."""
         options = GenerationConfig(

@@ -1,0 +1,329 @@
+"""One HTML file of a run, to be opened without a network: scores, curves, probes, config, and the sentences with their clips.
+
+A run that ended early has a page too: what is missing is named there. All text of the run is data to the page: the template escapes it, and a
+content security policy lets no other script run than the page's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import torch
+import yaml
+from markupsafe import Markup
+from sacrebleu.metrics import CHRF
+
+from flallm import UserError, compare, engine, metrics, results
+from flallm import config as cfg
+from flallm.evaluate import load_run
+from flallm.loader import Clips
+from flallm.probe import training_clips
+from flallm.shards import BadSample, Shards
+
+HERE = Path(__file__).parent
+VIDEO_MIB = 12  # of clips in the page, a third more there as text
+LONGEST = 400  # words that are compared one by one
+LABELS = {
+    "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "rouge_l_slrt": "ROUGE-L (SLRT)", "chrf": "chrF", "ter": "TER",
+    "wer": "WER",
+}  # fmt: skip
+CHARTS = {  # title: {what metrics.jsonl calls it: label}, unit
+    "Loss": ({"loss": "training"}, ""),
+    "BLEU-4 on dev": ({"dev_bleu4": "right videos", "dev_bleu4_swapped": "swapped videos"}, ""),
+    "Learning rate": ({"lr_encoder": "encoder", "lr_adapter": "adapter", "lr_language": "language model"}, ""),
+    "Clips a second": ({"clips_per_s": "all ranks"}, ""),
+    "Waiting for data": ({"data_wait_share": "share of the time"}, "%"),
+}
+
+
+@dataclass
+class Sentence:
+    key: str
+    reference: str
+    hypothesis: str
+    score: float  # chrF
+    missed: list[tuple[str, bool]]  # the reference in parts, and whether the hypothesis lacks them
+    wrong: list[tuple[str, bool]]  # the hypothesis in parts, and whether the reference lacks them
+    nearest: str = ""  # of the training text
+    signer: str = ""
+    video: str = ""  # a data: address
+    attention: list[tuple[str, str, float]] = field(default_factory=list)  # (word, its frames' weights as a CSS mask, where it peaks, from 0 to 1)
+
+
+def report(run: Path, split: str, clips: int) -> Path:
+    """Writes report.html of a run folder. clips: how many sentences of the split come with their clip."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
+    config, notes = compare.flat(cfg.read_yaml(run / "config.yaml")), []
+    sentences = _sentences(run, split, str(config.get("convention", "raw")), notes)
+    shards, corpus = _shards(str(config.get("data.shards", "")), split, notes)
+    if shards and sentences:
+        _add_nearest(sentences, shards)
+        _add_clips(sentences, shards, clips, run, notes)
+    rows, scores = _jsonl(run / "metrics.jsonl"), _json(run / f"scores/{split}.json")
+    found = {
+        "run": run.resolve().name,
+        "split": split,
+        "config": config,
+        "differs": _differs(config),
+        "command": _text(run / "command.txt"),
+        "environment": compare.flat(_json(run / "environment.json")),
+        "scores": scores,
+        "convention": config.get("convention", "raw"),
+        "published": _published(corpus or str(config.get("name")), split, scores),
+        "probes": _json(run / f"probes/{split}.json"),
+        "charts": _charts(rows),
+        "rows": rows,
+        "time": _time(rows),
+        "bad": Counter((str(b.get("key")), str(b.get("cause"))) for b in _jsonl(run / "bad_samples.jsonl")).most_common(),
+        "skipped": sorted({row.get("step") for row in _jsonl(run / "skipped.jsonl")} - {None}),
+        "tables": [_text(path) for path in sorted({*run.parent.glob("table-*.md"), *run.parent.glob("fig*.md")})],
+        "sentences": sentences,
+        "notes": notes,
+        "labels": LABELS,
+        "conventions": metrics.CONVENTIONS,
+    }
+    page, part = run / "report.html", run / "report.html.part"
+    part.write_text(_render(found), encoding="utf-8", errors="replace")
+    part.replace(page)
+    return page
+
+
+def _render(found: dict) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "page"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+    )
+    environment.filters |= {"duration": _duration, "thin": _thin}
+    environment.globals |= {"number": _points, "interval": lambda score: f"[{score['ci95'][0]:.2f}, {score['ci95'][1]:.2f}]"}
+    script = Markup((HERE / "page/uPlot.iife.min.js").read_text() + (HERE / "page/report.js").read_text())
+    style = Markup((HERE / "page/uPlot.min.css").read_text() + (HERE / "page/report.css").read_text())
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    data = Markup(json.dumps(found["charts"]).replace("<", "\\u003c"))  # ends no <script>
+    return environment.get_template("report.html").render(**found, script=script, style=style, allowed=allowed, data=data)
+
+
+def _printable(value):
+    """Text without what an HTML file cannot hold: controls, and halves of characters."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
+
+
+def _json(path: Path) -> dict:
+    try:
+        found = json.loads(_text(path) or "{}")
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def _jsonl(path: Path) -> list[dict]:
+    """The rows that can be read: a run that was killed may have left half a line."""
+    rows = []
+    for line in _text(path).splitlines():
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _sentences(run: Path, split: str, convention: str, notes: list[str]) -> list[Sentence]:
+    path = run / f"predictions/{split}.jsonl"
+    if not path.is_file():
+        notes.append(f"No sentences yet: flallm evaluate {run} --split={split} writes them.")
+        return []
+    chrf, words = CHRF(), metrics.splitter(convention) if convention in metrics.CONVENTIONS else str.split
+    said = zip(*results.pairs(path))
+    return [Sentence(str(key), r, h, chrf.sentence_score(h, [r]).score, *_differences(words(r), words(h), r, h)) for h, r, key in said]
+
+
+def _differences(reference: list[str], hypothesis: list[str], r: str, h: str) -> tuple[list, list]:
+    """Both texts in parts, each with whether it is missing in the other."""
+    if max(len(reference), len(hypothesis)) > LONGEST:
+        return [(r, False)], [(h, False)]
+    missed, wrong, space = [], [], " " if len(r.split()) > 1 or len(h.split()) > 1 else ""
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, reference, hypothesis, autojunk=False).get_opcodes():
+        for parts, words in ((missed, reference[a:b]), (wrong, hypothesis[c:d])):
+            if words:
+                parts += [(space, False)] * bool(parts and space) + [(space.join(words), kind != "equal")]
+    return missed, wrong
+
+
+def _shards(folder: str, split: str, notes: list[str]) -> tuple[Shards | None, str]:
+    """(the split's shards, which data set it is), or nothing where they lie elsewhere now."""
+    try:
+        shards = Shards(folder, split)
+        return shards, str(json.loads(shards.store.read("dataset.json")).get("corpus", {}).get("name", ""))
+    except (UserError, OSError, ImportError) as error:
+        notes.append(f"Neither clips nor the nearest training sentences: {error}.")
+        return None, ""
+
+
+def _add_nearest(sentences: list[Sentence], shards: Shards) -> None:
+    texts = list(dict.fromkeys(meta["text"] for meta in training_clips(shards.folder)))
+    if not texts:
+        return
+    nearest = Nearest(texts)
+    for s in sentences:
+        s.nearest = nearest(s.hypothesis)
+
+
+class Nearest:
+    """The text that has most words and pairs of words in common with another, rare ones counting more."""
+
+    def __init__(self, texts: list[str]):
+        self.texts, places = texts, {}
+        for n, text in enumerate(texts):
+            for term in self._terms(text):
+                places.setdefault(term, []).append(n)
+        self.places = {term: np.array(found) for term, found in places.items()}
+        self.weights = {term: math.log(1 + len(texts) / len(found)) for term, found in self.places.items()}
+        self.sizes = np.array([sum(self.weights[term] for term in self._terms(text)) for text in texts])
+
+    @staticmethod
+    def _terms(text: str) -> set:
+        words = text.lower().split() if " " in text else list(text)
+        return {*words, *itertools.pairwise(words)}
+
+    def __call__(self, text: str) -> str:
+        terms = [term for term in self._terms(text) if term in self.places]
+        if not terms:
+            return ""
+        weights = np.repeat([self.weights[term] for term in terms], [len(self.places[term]) for term in terms])
+        common = np.bincount(np.concatenate([self.places[term] for term in terms]), weights, len(self.texts))
+        return self.texts[int(np.argmax(common / (self.sizes + sum(self.weights[term] for term in terms))))]
+
+
+def _add_clips(sentences: list[Sentence], shards: Shards, count: int, run: Path, notes: list[str]) -> None:
+    """Gives sentences from the best to the worst their clips, as many as fit, and shows where the model looks while it says them."""
+    metas = {meta["key"]: (n, meta) for n, meta in enumerate(map(shards.meta, range(len(shards)))) if meta}
+    for s in sentences:
+        s.signer = str(metas.get(s.key, (0, {}))[1].get("signer") or "")
+    ranked = sorted((s for s in sentences if s.key in metas), key=lambda s: -s.score)
+    chosen = [ranked[i] for i in dict.fromkeys(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int).tolist())]
+    left, shown = VIDEO_MIB * 2**20, []
+    for s in chosen:
+        try:
+            video, _ = shards.read(metas[s.key][0])
+        except BadSample:
+            continue
+        if len(video) <= left:
+            left -= len(video)
+            s.video = "data:video/mp4;base64," + base64.b64encode(video).decode()
+            shown.append(s)
+    if len(shown) < len(chosen):
+        notes.append(f"{len(shown)} of {len(chosen)} clips are shown: the others cannot be read or are too large for a page.")
+    try:
+        _add_attention(shown, [metas[s.key][0] for s in shown], shards.split, run)
+    except UserError as error:
+        notes.append(f"Not shown where the model looks: {error}.")
+
+
+def _add_attention(sentences: list[Sentence], numbers: list[int], split: str, run: Path) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_run(run, device)
+    clips = Clips(split, config.data, config.seed)
+    with engine.precision(config.train, device):
+        for s, number in zip(sentences, numbers):
+            batch = clips.batch(model.text, [(None, number)])
+            if batch.keys == [s.key] and s.hypothesis and len(s.hypothesis.split()) <= LONGEST:
+                s.attention = [(word, _mask(row), (int(row.argmax()) + 0.5) / len(row)) for word, row in model.attention(batch.to(device), s.hypothesis)]
+
+
+def _mask(weights: torch.Tensor) -> str:
+    """A CSS gradient over time, opaque where the weights are largest."""
+    shares = (weights / max(float(weights.max()), 1e-9)).tolist()
+    return "linear-gradient(90deg," + ",".join(f"rgb(0 0 0/{share:.2f}) {(i + 0.5) / len(shares):.1%}" for i, share in enumerate(shares)) + ")"
+
+
+def _differs(config: dict[str, object]) -> dict[str, object] | None:
+    """{field: the recipe's value} where the run has another; None where its recipe is not known."""
+    name, stage = config.get("name"), config.get("stage")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or stage not in cfg.STAGES or not (HERE / f"recipes/{name}.yaml").is_file():
+        return None
+    recipe = compare.flat(yaml.safe_load(cfg.dump(cfg.load(name, stage))))
+    return {field: recipe.get(field, "(not there)") for field in recipe | config if recipe.get(field, "(not there)") != config.get(field, "(not there)")}
+
+
+def _published(corpus: str, split: str, scores: dict) -> dict | None:
+    """The table of the data set with the run in it, and how far the two can be compared."""
+    table = yaml.safe_load((HERE / "published.yaml").read_text()).get(corpus)
+    if not table or table["convention"] not in scores:
+        return None
+    mine = scores[table["convention"]]
+    warnings = []
+    if split != table["split"]:
+        warnings.append(f"These are scores of {split}, the published ones of {table['split']}.")
+    if mine["num_samples"] != table["sentences"]:
+        warnings.append(f"{mine['num_samples']} sentences were scored here, {table['sentences']} there.")
+    names = [name for name in LABELS if name in table["systems"][0]]
+    run = {"name": "this run", "citation": "", "gloss": False, "mine": True, "ci95": mine["bleu4"]["ci95"]} | {name: mine[name]["value"] for name in names}
+    systems = sorted([*table["systems"], run], key=lambda s: -(s["bleu4"] or 0))
+    return {"corpus": corpus, **table, "systems": systems, "warnings": warnings, "top": max(max(s["bleu4"] for s in systems), run["ci95"][1]), "names": names}
+
+
+def _charts(rows: list[dict]) -> list[dict]:
+    """What is drawn: {"title", "unit", "x": steps, "series": [{"label", "values"}]}."""
+    known = {name for names, _ in CHARTS.values() for name in names} | {"step", "seconds", "skipped", "dev_seconds"}
+    others = dict.fromkeys(name for row in rows for name in row if name not in known and isinstance(row[name], int | float))
+    charts = []
+    for title, (names, unit) in (CHARTS | {name: ({name: ""}, "") for name in others}).items():
+        here = [row for row in rows if any(_number(row.get(name)) is not None for name in names)]
+        factor = 100 if unit == "%" else 1
+        series = [{"label": label, "values": [None if (v := _number(row.get(name))) is None else v * factor for row in here]} for name, label in names.items()]
+        series = [s for s in series if any(v for v in s["values"])] or series[:1]  # an encoder that does not train has no rate
+        if here:
+            charts.append({"title": title, "unit": unit, "x": [row.get("step", 0) for row in here], "series": series})
+    return charts
+
+
+def _number(value) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _time(rows: list[dict]) -> list[tuple[str, float]]:
+    """[(what for, seconds)] of the whole run."""
+    dev = sum(_number(row.get("dev_seconds")) or 0 for row in rows)
+    waiting = training = last = 0.0
+    since = 0.0  # seconds on dev since the last line
+    for row in rows:
+        since += _number(row.get("dev_seconds")) or 0
+        if (share := _number(row.get("data_wait_share"))) is not None and (seconds := _number(row.get("seconds"))) is not None:
+            spent = max(0.0, seconds - last - since)
+            waiting, training, last, since = waiting + share * spent, training + (1 - share) * spent, seconds, 0.0
+    return [(what, seconds) for what, seconds in (("training steps", training), ("waiting for data", waiting), ("dev scores", dev)) if seconds]
+
+
+def _points(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s" if rest >= 60 else f"{seconds:.0f} s"
+
+
+def _thin(chart: dict, rows: int = 24) -> Iterator[list]:
+    """Some rows of a chart's numbers, evenly spread."""
+    for i in dict.fromkeys(np.linspace(0, len(chart["x"]) - 1, min(rows, len(chart["x"]))).round().astype(int).tolist()):
+        yield [chart["x"][i], *(s["values"][i] for s in chart["series"])]

@@ -1,0 +1,171 @@
+"""`flallm probe` and `flallm report`: a run that sees and one that cannot, and the page in a real Chromium."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from conftest import SMALL
+from playwright.sync_api import sync_playwright
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flallm import config as cfg
+from flallm import engine, report
+from flallm.corpora import synthetic
+from flallm.encode import Options
+from flallm.evaluate import evaluate
+from flallm.probe import probe
+from flallm.shards import make_shards
+from flallm.train import train
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+HOSTILE = [
+    '<script>window.broken = 1</script><img src=x onerror="window.broken = 1">',
+    "שלום \u202e evil \u202c world",
+    "a \0 b \x1b[31m \ud800",
+    "👩‍🚀 👍🏽 e\u0301",
+    "word " * 2000,
+    "</script><style>* { display: none }</style> {{ 7 * 7 }} &amp;",
+    "",
+]
+
+
+def train_and_probe(configs, out):
+    ranks = engine.join()
+    for name, config in configs.items():
+        train(config, out / name, ranks)
+        probe(out / name, "dev", ranks)
+    evaluate(out / "seeing", "dev", ranks)
+
+
+def again(run, out):
+    ranks = engine.join()
+    if ranks.first:
+        shutil.copytree(run, out)
+    ranks.gather(None)
+    evaluate(out, "dev", ranks)
+    probe(out, "dev", ranks)
+
+
+@pytest.fixture(scope="module")
+def runs(llm, tmp_path_factory):
+    out = tmp_path_factory.mktemp("probed")
+    clips = list(synthetic.clips(train=8, dev=0, test=0, size=36))
+    corpora = {"seeing": clips, "blind": [replace(c, media=clips[0].media) for c in clips]}
+    configs = {}
+    for name, those in corpora.items():
+        make_shards([*those, *(replace(c, split="dev") for c in those)], out / f"{name}-shards", Options(), {"name": "eight"})
+        settings = {"train.steps": 260, "train.batch": 8, "train.dev_every": 130, "train.label_smoothing": 0, "data.augment.probability": 0}
+        model = {"light_t.width": 128, "encoder.widths": [16, 32, 32, 64], "data.shards": str(out / f"{name}-shards"), "llm.path": str(llm)}
+        configs[name] = cfg.load("demo", "stage1", SMALL | settings | model | ({"train.steps": 80} if name == "blind" else {}))
+    engine.launch(train_and_probe, 1, configs, out)
+    return out
+
+
+def test_probes_tell_a_run_that_sees_from_one_that_cannot(runs):
+    seeing, blind = (json.loads((runs / name / "probes/dev.json").read_text()) for name in ("seeing", "blind"))
+    assert seeing["videos"]["the right one"]["bleu4"]["value"] == pytest.approx(100)
+    assert seeing["seen_share"] > 0.6 and "hardly looks" not in seeing["verdict"]
+    assert seeing["videos"]["another clip's"]["changed"] == 1 and seeing["videos"]["the mean feature"]["changed"] > 0.5
+    assert "hardly looks" in blind["verdict"] and blind["repeated"]["share"] == 1
+    assert seeing["groups"]["sentence is in the training text"]["num_samples"] == 8 and seeing["overlap"]["hypothesis"]["sentences"] == 1
+
+
+@pytest.mark.parametrize("ranks", (2, 3))
+def test_every_figure_is_the_same_on_any_number_of_ranks(runs, tmp_path, ranks):
+    engine.launch(again, ranks, runs / "seeing", tmp_path / "run")
+    for name in ("predictions/dev.jsonl", "scores/dev.json", "probes/dev.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (runs / "seeing" / name).read_bytes(), name
+
+
+def test_tensorboard_has_the_same_names_in_all_stages_and_shows_dev_clips(runs):
+    events = EventAccumulator(str(runs / "seeing/tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "clips_per_s", "data_wait_share", "lr_encoder", "dev_bleu4", "hparams/dev_bleu4"} <= {*tags["scalars"]}
+    keys = {tag.split("/")[1] for tag in tags["tensors"] if tag.startswith("dev/")}
+    assert len(keys) == 4 and {f"{kind}/{key}" for key in keys for kind in ("dev", "dev_attention")} <= {*tags["images"]}
+    assert len(events.Images("dev/" + min(keys))) == 1 and events.Images("dev/" + min(keys))[0].encoded_image_string.startswith(b"GIF")
+    assert len(events.Images("dev_attention/" + min(keys))) == 2
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not CHROMIUM:
+        pytest.skip("no Chromium: apt-get install -y --no-install-recommends chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser, path, **options):
+    """The page, and what it complained of."""
+    page, said = browser.new_page(**options), []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or said.append(request.url))
+    page.goto(path.as_uri())
+    return page, said
+
+
+def test_the_page_is_searched_sorted_and_played(runs, chromium):
+    path = report.report(runs / "seeing", "dev", 3)
+    page, said = opened(chromium, path)
+    sentences = [json.loads(line) for line in (runs / "seeing/predictions/dev.jsonl").read_text().splitlines()]
+    assert page.locator("#list > li:visible").count() == 8
+    word = max((word for s in sentences for word in s["reference"].split()), key=len)
+    page.fill("#search", word.upper())
+    assert page.locator("#list > li:visible").count() == sum(word in s["reference"] for s in sentences) < 8
+    page.fill("#search", "")
+    page.select_option("#sort", "-length")
+    lengths = page.locator("#list > li").evaluate_all("found => found.map((e) => Number(e.dataset.length))")
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
+    page.check("#clips")
+    assert page.locator("#list > li:visible").count() == 3
+    clip = page.locator("video:visible").first
+    clip.evaluate("video => video.play()")
+    page.wait_for_function("video => video.currentTime > 0", arg=clip.element_handle())
+    clip.evaluate("video => video.pause()")
+    word = page.locator(".attention button").last
+    word.click()
+    page.wait_for_function(
+        "word => Math.abs(word.closest('li').querySelector('video').currentTime / word.closest('li').querySelector('video').duration - word.dataset.at) < .05",
+        arg=word.element_handle(),
+    )
+    assert page.locator(".chart canvas").count() == page.locator(".chart").count() >= 5
+    assert "100.00" in page.locator("header").inner_text() and "from seeing" in page.locator("header").inner_text()
+    assert said == []
+
+
+@pytest.mark.parametrize("options", ({"viewport": {"width": 360, "height": 740}}, {"color_scheme": "dark"}), ids=("phone", "dark"))
+def test_the_page_is_accessible_and_fits(runs, chromium, options):
+    page, said = opened(chromium, report.report(runs / "seeing", "dev", 2), **options)
+    page.evaluate("document.querySelectorAll('details').forEach((e) => e.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    found = Axe().run(page).response["violations"]
+    assert [(v["id"], v["nodes"][0]["html"]) for v in found] == []
+    assert said == []
+
+
+def test_hostile_text_neither_runs_nor_breaks_the_page(runs, chromium, tmp_path):
+    shutil.copytree(runs / "seeing", tmp_path / "run")
+    rows = [{"key": f"{i}{text[:50]}", "reference": text or "x", "hypothesis": HOSTILE[i - 1]} for i, text in enumerate(HOSTILE)]
+    (tmp_path / "run/predictions/dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run/command.txt").write_text(HOSTILE[0])
+    (tmp_path / "run/bad_samples.jsonl").write_text(json.dumps({"key": HOSTILE[0], "cause": HOSTILE[5]}) + "\n{half a li")
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 261, HOSTILE[5]: 1.0}) + "\n")
+    page, said = opened(chromium, report.report(tmp_path / "run", "dev", 4))
+    assert page.locator("#list > li").count() == len(HOSTILE) and page.evaluate("window.broken") is None
+    page.fill("#search", "onerror")
+    assert page.locator("#list > li:visible").count() == 2
+    assert page.locator("h2").first.is_visible() and said == []
+
+
+def test_the_page_of_a_run_that_failed_early_opens(runs, chromium, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(runs / "seeing/config.yaml", tmp_path / "run")
+    page, said = opened(chromium, report.report(tmp_path / "run", "test", 4))
+    assert "flallm evaluate" in page.locator(".notes").inner_text() and said == []
