@@ -345,24 +345,75 @@ def ablate(
 
 
 @SetParseFn(str)
-def translate(run: str, *videos: str) -> Job:
-    """Prints a sentence for each video file.
+def translate(run: str, *videos: str, format: str = "text", segments: str | None = None, window: str = "0", alternatives: str = "0") -> Job:
+    """Prints a sentence for each video file. One that gives none has a line on stderr, and the exit code is 2 in the end.
 
     Args:
-        run: the folder of a run
-        videos: files that FFmpeg can read
+        run: the folder of a run, or of an export
+        videos: files that FFmpeg can read; --alternatives and the like go before or after all of them
+        format: text, json (a line an object, with confidence), or subtitles of one video: srt, vtt
+        segments: a text file with start and end in seconds, a sentence a line: these parts of the video are translated
+        window: seconds; a long video is translated in stretches of this length, one after another
+        alternatives: how many further sentences of the beam json has
     """
     if not videos:
         raise UserError("translate needs at least one video file")
+    if missing := next((path for path in videos if not Path(path).is_file()), None):
+        raise UserError(f"{missing} does not exist")
+    if format not in ("text", "json", "srt", "vtt"):
+        raise UserError(f"--format: {format!r} is none of text, json, srt, vtt")
+    if format in ("srt", "vtt") and len(videos) > 1:
+        raise UserError(f"--format={format} is for one video")
+    if not alternatives.isdecimal() or (int(alternatives) and format != "json"):
+        raise UserError("--alternatives is a whole number, and goes with --format=json")
+    if not window.replace(".", "", 1).isdecimal() or (float(window) and segments):
+        raise UserError("--window is a number of seconds, and excludes --segments")
 
-    def work() -> None:
-        from flallm.evaluate import load_run, translate
+    def work() -> int:
+        from tqdm import tqdm
 
-        if missing := next((path for path in videos if not Path(path).is_file()), None):
-            raise UserError(f"{missing} does not exist")
+        from flallm.evaluate import load_run
+        from flallm.translate import line, read_segments, translate
+
+        spans, failed, number = read_segments(Path(segments)) if segments else None, 0, 0
         with _ranks() as ranks:
-            for path, sentence in zip(videos, translate(*load_run(Path(run), ranks.device), list(videos), ranks.device)):
-                print(f"{path}\t{sentence}" if len(videos) > 1 else sentence)
+            model, config = load_run(Path(run), ranks.device)
+            if int(alternatives) >= config.decode.beam:
+                raise UserError(f"--alternatives: {run} decodes with a beam of {config.decode.beam}, so there are {config.decode.beam - 1} at most")
+            if format == "vtt":
+                print("WEBVTT\n")
+            found = translate(model, config, videos, ranks.device, spans, float(window), int(alternatives))
+            for one in tqdm(found, unit=" sentences", disable=None if len(videos) > 1 or spans or float(window) else True):
+                if one.error:
+                    failed += 1
+                    tqdm.write(f"flallm: {one.error}", file=sys.stderr)
+                else:
+                    number += 1
+                    tqdm.write(line(one, format, number, bool(spans or float(window)), len(videos) > 1), file=sys.stdout)
+        return 2 if failed else 0
+
+    return Job(work)
+
+
+@SetParseFn(str)
+def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str) -> Job:
+    """Looks at this machine and at what a recipe needs of it: rows OK, WARN, MISS with what to do. Exit code 1: something is missing.
+
+    Args:
+        recipe: a built-in name such as phoenix14t, or the path of a YAML file; without it only the machine
+        run_dir: where runs will lie
+        overrides: fields of the recipe, as in --data.shards=DIR
+    """
+    configs = [config.load(recipe, stage, overrides) for stage in ("stage1", "stage2")] if recipe else []
+
+    def work() -> int:
+        from flallm.doctor import MISS, doctor
+
+        missing = 0
+        for state, what, found in doctor(configs, Path(run_dir)):
+            missing += state == MISS
+            print(f"{state:5} {what:16} {found}", flush=True)
+        return 1 if missing else 0
 
     return Job(work)
 
@@ -380,7 +431,9 @@ def _ranks(timeout: float = 600):
         engine.leave()
 
 
-COMMANDS = {f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, trim, plan, score, compare, probe, report, ablate, translate, export)}
+COMMANDS = {
+    f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, trim, plan, score, compare, probe, report, ablate, translate, export, doctor)
+}
 
 
 def run(commands: dict[str, Callable], name: str) -> int:

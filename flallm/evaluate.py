@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flallm import UserError, checkpoint, engine, metrics, video
+from flallm import UserError, checkpoint, engine, metrics
 from flallm import config as cfg
 from flallm.config import Config, Decode
-from flallm.corpora import BROKEN
 from flallm.engine import Ranks
 from flallm.loader import Batch, Clips, batches
 from flallm.model.translator import Translator
@@ -123,20 +122,3 @@ def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
 def note_bad_samples(run: Path, bad: list[dict]) -> None:
     with open(run / "bad_samples.jsonl", "a") as file:
         file.writelines(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
-
-
-def translate(model: Translator, config: Config, videos: list[str], device: torch.device) -> list[str]:
-    """A sentence for each video file."""
-    sentences = []
-    for path in videos:
-        if not Path(path).is_file():
-            raise UserError(f"{path} does not exist")
-        try:
-            frames = video.decode(path, config.data.resize, config.data.stride, config.data.max_frames)
-        except BROKEN as error:
-            raise UserError(f"{path} cannot be decoded: {error}") from None
-        clip = torch.from_numpy(np.ascontiguousarray(video.centre_crop(frames, config.data.crop)))
-        batch = Batch(clip, torch.tensor([len(clip)]), torch.zeros(1, 1, dtype=torch.long), [path], [""], [])
-        with engine.precision(config.train, device):
-            sentences += model.translate(batch.to(device), config.decode)
-    return sentences

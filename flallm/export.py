@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from flallm import UserError, __version__, checkpoint
 from flallm import config as cfg
 from flallm.config import Config
-from flallm.evaluate import load_run, translate
+from flallm.evaluate import load_run
 from flallm.shards import Shards
+from flallm.translate import translate
 
 
 class Model:
@@ -31,7 +32,12 @@ class Model:
 
     def translate(self, video: str | Path) -> str:
         """The sentence of a video file that FFmpeg can read."""
-        return translate(self.model, self.config, [str(video)], self.device)[0]
+        if not Path(video).is_file():
+            raise UserError(f"{video} does not exist")
+        (found,) = translate(self.model, self.config, [str(video)], self.device)
+        if found.error:
+            raise UserError(found.error)
+        return found.text
 
 
 def export(run: Path, out: Path, merge: bool, licence: str) -> None:

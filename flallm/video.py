@@ -47,14 +47,14 @@ def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_fra
     with open_video(source) as container:
         for i, frame in enumerate(upright(container.decode(video=0))):
             if i % stride == 0:
-                kept.append(_to_array(frame, size, size, scaler))
+                kept.append(to_array(frame, size, size, scaler))
     if not kept:
         raise ValueError("holds no frame")
     return np.stack(kept)[positions(stride * len(kept), stride, max_frames) // stride]
 
 
 def _decode_at(source: bytes | str, size: int, wanted: np.ndarray, stride: int, squeeze: bool) -> np.ndarray:
-    frames, scaler, found = None, VideoReformatter(), 0  # one scaler: it keeps its tables
+    frames, scaler, found = None, VideoReformatter(), 0
     with open_video(source) as container:
         stream = container.streams.video[0]
         # Frames that are skipped do not count, so then the position comes from the time; all frames of such a file are evenly spaced.
@@ -69,14 +69,15 @@ def _decode_at(source: bytes | str, size: int, wanted: np.ndarray, stride: int, 
                 if frames is None:
                     width, height = (size, size) if squeeze or max(frame.width, frame.height) > ENLARGED * size else (frame.width, frame.height)
                     frames = np.empty((len(wanted), height, width, 3), np.uint8)
-                frames[found] = _to_array(frame, width, height, scaler)
+                frames[found] = to_array(frame, width, height, scaler)
                 found += 1
                 if found == len(wanted):
                     return frames
     raise ValueError(f"only {found} of {len(wanted)} frames decode")
 
 
-def _to_array(frame: av.VideoFrame, width: int, height: int, scaler: VideoReformatter) -> np.ndarray:
+def to_array(frame: av.VideoFrame, width: int, height: int, scaler: VideoReformatter) -> np.ndarray:
+    """A frame as (height, width, 3) RGB. scaler: one for all frames of a video, it keeps its tables."""
     return scaler.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR).to_ndarray()
 
 

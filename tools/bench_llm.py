@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -90,6 +91,7 @@ def plan_memory_error(out: Path) -> None:
 
 
 def _peak(config: cfg.Config, text: cost.Words, lengths: list[int]) -> int:
+    os.environ.pop("RANK", None)  # a group of its own, whatever the parent is in
     ranks = engine.join()
     zero2 = engine.start_engine(Translator(config, text, weights=False).train(), config.train, ranks)
     frames = torch.randint(0, 255, (sum(lengths), 224, 224, 3), dtype=torch.uint8)

@@ -139,13 +139,28 @@ class Translator(nn.Module):
     @torch.no_grad()
     def translate(self, batch: Batch, decode: Decode) -> list[str]:
         """A sentence for each clip, by transformers' beam search."""
+        return self._generate(self._read(self.features(batch), batch.lengths), decode, 1)
+
+    @torch.no_grad()
+    def answers(self, batch: Batch, decode: Decode, count: int) -> list[list[tuple[str, float]]]:
+        """For each clip its `count` best sentences, and how sure the model is of each: the geometric mean of its tokens' probabilities."""
+        inputs = self._read(self.features(batch), batch.lengths)
+        texts = self._generate(inputs, decode, count)
+        labels = nn.utils.rnn.pad_sequence([torch.tensor(self.text.encode(text)) for text in texts], True, IGNORE).to(inputs["attention_mask"].device)
+        inputs = {name: tensor.repeat_interleave(count, 0) for name, tensor in inputs.items()}
+        losses = F.cross_entropy(self.family.logits(inputs, labels).float().mT, labels, ignore_index=IGNORE, reduction="none")  # (B * count, L)
+        sure = (-losses.sum(1) / (labels != IGNORE).sum(1)).exp().tolist()
+        found = list(zip(texts, sure))
+        return [found[i : i + count] for i in range(0, len(found), count)]
+
+    def _generate(self, inputs: dict[str, torch.Tensor], decode: Decode, count: int) -> list[str]:
         options = GenerationConfig(
             num_beams=decode.beam,
+            num_return_sequences=count,
             max_new_tokens=decode.max_tokens,
             length_penalty=decode.length_penalty,
             decoder_start_token_id=self.text.start[0],
             eos_token_id=self.text.end,
             pad_token_id=self.text.pad,
         )
-        ids = self.family.generate(self._read(self.features(batch), batch.lengths), options)
-        return [self.text.decode(answer) for answer in ids]
+        return [self.text.decode(answer) for answer in self.family.generate(inputs, options)]

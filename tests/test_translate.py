@@ -1,0 +1,120 @@
+"""`flallm translate` and `flallm doctor`, as commands, and what they are made of."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+
+from flallm import UserError, engine, translate, video
+from flallm import config as cfg
+from flallm.evaluate import load_run
+from flallm.shards import Shards
+from flallm.train import train
+
+CPU = torch.device("cpu")
+
+
+def flallm(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "flallm", *map(str, arguments)], capture_output=True, text=True)
+
+
+def briefly(config, run):
+    train(config, run, engine.join())
+
+
+@pytest.fixture(scope="module")
+def run(shards, llm, tmp_path_factory):
+    """A run with a few clips beside it. It has learnt little: sentences that come with it are compared, not read."""
+    out = tmp_path_factory.mktemp("translate") / "run"
+    config = cfg.load(
+        "demo", "stage1", {"data.shards": str(shards), "llm.path": str(llm), **SMALL, "train.steps": 6, "decode.max_tokens": 12, "decode.batch": 2}
+    )
+    engine.launch(briefly, 1, config, out)
+    test = Shards(str(shards), "test")
+    for i in range(3):
+        (out / f"{i}.mp4").write_bytes(test.read(i)[0])
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load_run(run, CPU)
+
+
+def test_videos_in_batches_have_the_sentences_they_have_alone(run, loaded):
+    videos = [str(run / f"{i}.mp4") for i in (0, 1, 2)]
+    together = list(translate.translate(*loaded, videos, CPU, alternatives=2))
+    alone = [one for path in videos for one in translate.translate(*loaded, [path], CPU, alternatives=2)]
+    assert [(t.video, t.text, t.end) for t in together] == [(t.video, t.text, t.end) for t in alone]
+    for a, b in zip(together, alone):
+        assert a.confidence == pytest.approx(b.confidence, rel=1e-4) and 0 < a.confidence <= 1
+        assert len({a.text, *(text for text, _ in a.alternatives)}) == 3
+
+
+def test_confidence_is_the_geometric_mean_of_the_probabilities_of_the_tokens(run, loaded):
+    model, config = loaded
+    (one,) = translate.translate(model, config, [str(run / "0.mp4")], CPU)
+    frames = video.centre_crop(video.decode(str(run / "0.mp4"), config.data.resize, config.data.stride, config.data.max_frames), config.data.crop)
+    ids = model.text.encode(one.text)
+    with torch.no_grad():
+        signs = model.encoder(torch.from_numpy(np.ascontiguousarray(frames)), torch.tensor([len(frames)]))
+        logits = model.language(
+            inputs_embeds=model.adapter(signs)[None] * model.scale, decoder_input_ids=torch.tensor([[*model.text.start, *ids[:-1]]])
+        ).logits[0]
+    tokens = logits.log_softmax(-1)[range(len(model.text.start) - 1, len(logits)), ids]
+    assert one.confidence == pytest.approx(tokens.mean().exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("cut", ({"window": 0.48}, {"segments": [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)]}), ids=("window", "segments"))
+def test_stretches_of_a_video_hold_its_frames_of_that_time(run, loaded, cut):
+    _, config = loaded
+    path = str(run / "0.mp4")
+    every = video.decode(path, config.data.resize, 1, 10_000)
+    found = list(translate._clips(path, cut.get("segments"), cut.get("window", 0.0), config))
+    assert len(found) == (3 if "segments" in cut else -(-len(every) // 12))
+    for one, frames in found:
+        first, last = round(one.start * 25), min(round(one.end * 25), len(every))
+        assert np.array_equal(frames, video.centre_crop(every[first : last : config.data.stride], config.data.crop))
+
+
+def test_the_command_writes_subtitles_and_names_what_has_no_sentence(run, tmp_path):
+    (tmp_path / "segments.csv").write_text("start,end\n0.0,0.5,a note\n0.5,1\n70,71\n")
+    done = flallm("translate", run, run / "0.mp4", "--format=srt", f"--segments={tmp_path / 'segments.csv'}")
+    assert done.returncode == 2 and "before its segment from 70 s" in done.stderr
+    blocks = done.stdout.split("\n\n")
+    assert [block.split("\n")[:2] for block in blocks[:2]] == [["1", "00:00:00,000 --> 00:00:00,500"], ["2", "00:00:00,500 --> 00:00:01,000"]]
+    (tmp_path / "no.mp4").write_text("no video")
+    done = flallm("translate", run, tmp_path / "no.mp4", run / "1.mp4", "--format=json", "--alternatives=1")
+    assert done.returncode == 2 and "no.mp4 cannot be translated" in done.stderr and "Traceback" not in done.stderr
+    (said,) = map(json.loads, done.stdout.splitlines())
+    assert said["video"].endswith("1.mp4") and len(said["alternatives"]) == 1
+
+
+def test_a_video_much_longer_than_what_was_trained_on_is_refused(run, loaded):
+    model, config = loaded
+    short = cfg.override(config, {"data.max_frames": 12})
+    (one,) = translate.translate(model, short, [str(run / "0.mp4")], CPU)
+    assert not one.text and "--window" in one.error
+
+
+@pytest.mark.parametrize("text", ("", "1.0\n", "2 1\n3 2\n", "a b\nc d\n", "0 1\nnan 3\n"))
+def test_segments_that_are_none_are_one_clear_line(tmp_path, text):
+    (tmp_path / "s").write_text(text)
+    with pytest.raises(UserError, match="--segments"):
+        translate.read_segments(tmp_path / "s")
+
+
+def test_doctor_says_what_is_there_and_what_is_not(shards, llm, tmp_path):
+    rows = flallm("doctor", "demo", f"--data.shards={shards}", f"--llm.path={llm}", f"--run_dir={tmp_path}")
+    assert rows.returncode == 0, rows.stdout + rows.stderr
+    for what in ("torchaudio", "all-reduce       2 ranks over gloo", "data: test       7 clips, 7 of them read", "used frames/s a core", "mbart, vocabulary"):
+        assert what in rows.stdout
+    (tmp_path / "cut").mkdir()
+    for file in shards.iterdir():
+        (tmp_path / "cut" / file.name).write_bytes(file.read_bytes()[: 2000 if file.name == "test-000000.tar" else None])
+    rows = flallm("doctor", "demo", f"--data.shards={tmp_path / 'cut'}", f"--llm.path={tmp_path / 'no'}", f"--run_dir={tmp_path}")
+    assert rows.returncode == 1 and "MISS  data: test" in rows.stdout and "MISS  language model" in rows.stdout and "Traceback" not in rows.stderr
