@@ -1,18 +1,34 @@
-"""What scoring costs: one JSON object a line, {"figure", "value", "unit", "detail"}."""
+"""What scoring, decoding and the page of a run cost: one JSON object a line, {"figure", "value", "unit", "detail"}.
+
+python tools/bench_eval.py DEMO [FIGURE …]          # DEMO: the folder that make demo wrote
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
+import statistics
+import sys
+import tempfile
 import time
+from dataclasses import replace
+from pathlib import Path
 
-from flallm import metrics
+from flallm import engine, metrics
 from flallm.corpora import synthetic
+from flallm.evaluate import decode_split, load_run
+from flallm.report import report
 
 SENTENCES = 2500
+CLIPS = 64
 
 
-def score_seconds() -> None:
+def say(figure: str, value: float, unit: str, detail: str) -> None:
+    print(json.dumps({"figure": figure, "value": round(value, 3), "unit": unit, "detail": detail}), flush=True)
+
+
+def score(_: Path) -> None:
     """All conventions with intervals, on sentences of PHOENIX14T's length (two of the embedded corpus in one), every fifth word of the hypotheses wrong."""
     texts = [text for _, text in synthetic.sentences("text", 2 * SENTENCES)]
     references = [" ".join(pair) for pair in zip(texts[::2], texts[1::2])]
@@ -22,9 +38,60 @@ def score_seconds() -> None:
     found = metrics.scores(hypotheses, references)
     seconds = time.perf_counter() - began
     length = sum(len(r.split()) for r in references) / len(references)
-    detail = f"{len(found)} conventions ({', '.join(found)}), {metrics.RESAMPLES} resamples, {len(references)} sentences of {length:.1f} words"
-    print(json.dumps({"figure": "score_seconds", "value": round(seconds, 2), "unit": "s", "detail": detail}))
+    say("score_seconds", seconds, "s", f"{len(found)} conventions ({', '.join(found)}), {metrics.RESAMPLES} resamples, {len(references)} sentences of {length:.1f} words")
+
+
+def evaluate(demo: Path) -> None:
+    """Clips/s of stage 2's test clips: the recipe's batch against clips one by one, in turns; and two ranks against one."""
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (1, 2):
+            engine.launch(_decode, ranks, demo / "stage2", Path(folder) / f"{ranks}.json")
+        one, two = (json.loads((Path(folder) / f"{ranks}.json").read_text()) for ranks in (1, 2))
+    batch = one["batch"]
+    say("evaluate_batch_ratio", one["many"] / one["single"], "ratio", f"{one['many']:.1f} clips/s at batch {batch}, {one['single']:.1f} one by one")
+    say("evaluate_two_ranks", two["many"] / one["many"], "ratio", f"{two['many']:.1f} clips/s on two ranks, {one['many']:.1f} on one, batch {batch}, two cores in all")
+
+
+def _decode(run: Path, out: Path) -> None:
+    ranks = engine.join()
+    model, config = load_run(run, ranks.device)
+    speeds: dict[str, list[float]] = {"many": [], "single": []}
+    for turn in range(4):
+        for name, decode in (("many", config.decode), ("single", replace(config.decode, batch=1))):
+            began = time.monotonic()
+            decode_split(model, config, "test", ranks, decode, CLIPS)
+            if turn:  # the first warms up
+                speeds[name].append(CLIPS / (time.monotonic() - began))
+    if ranks.first:
+        out.write_text(json.dumps({name: statistics.median(found) for name, found in speeds.items()} | {"batch": config.decode.batch}))
+
+
+def page(demo: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    began = time.perf_counter()
+    path = report(demo / "stage2", "test", 24)
+    seconds = time.perf_counter() - began
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab, opened = browser.new_page(), []
+        for _ in range(5):
+            start = time.perf_counter()
+            tab.goto(path.as_uri())
+            tab.fill("#search", "water")
+            found = tab.locator("#list > li:visible").count()
+            opened.append(time.perf_counter() - start)
+        sentences = tab.locator("#list > li").count()
+    say("report_mb", path.stat().st_size / 1e6, "MB", f"{sentences} sentences, 24 clips")
+    say("report_build_seconds", seconds, "s", "scores, clips, attention, page")
+    say("report_open_seconds", statistics.median(opened), "s", f"in Chromium, until a search has shown its {found} sentences")
+
+
+FIGURES = {"score": score, "evaluate": evaluate, "page": page}
 
 
 if __name__ == "__main__":
-    score_seconds()
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    for name in sys.argv[2:] or FIGURES:
+        FIGURES[name](Path(sys.argv[1]))
