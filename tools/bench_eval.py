@@ -38,7 +38,12 @@ def score(_: Path) -> None:
     found = metrics.scores(hypotheses, references)
     seconds = time.perf_counter() - began
     length = sum(len(r.split()) for r in references) / len(references)
-    say("score_seconds", seconds, "s", f"{len(found)} conventions ({', '.join(found)}), {metrics.RESAMPLES} resamples, {len(references)} sentences of {length:.1f} words")
+    say(
+        "score_seconds",
+        seconds,
+        "s",
+        f"{len(found)} conventions ({', '.join(found)}), {metrics.RESAMPLES} resamples, {len(references)} sentences of {length:.1f} words",
+    )
 
 
 def evaluate(demo: Path) -> None:
@@ -49,7 +54,12 @@ def evaluate(demo: Path) -> None:
         one, two = (json.loads((Path(folder) / f"{ranks}.json").read_text()) for ranks in (1, 2))
     batch = one["batch"]
     say("evaluate_batch_ratio", one["many"] / one["single"], "ratio", f"{one['many']:.1f} clips/s at batch {batch}, {one['single']:.1f} one by one")
-    say("evaluate_two_ranks", two["many"] / one["many"], "ratio", f"{two['many']:.1f} clips/s on two ranks, {one['many']:.1f} on one, batch {batch}, two cores in all")
+    say(
+        "evaluate_two_ranks",
+        two["many"] / one["many"],
+        "ratio",
+        f"{two['many']:.1f} clips/s on two ranks, {one['many']:.1f} on one, batch {batch}, two cores in all",
+    )
 
 
 def _decode(run: Path, out: Path) -> None:
