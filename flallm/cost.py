@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -164,7 +165,9 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
     # Without the word loss, whose shapes depend on values; it is one linear layer.
     config = replace(config, encoder=replace(config.encoder, weights=None, global_batch_norm=False), train=replace(config.train, word_loss=0.0))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Translator(config, text, weights=False).train()
+        # peft moves new weights to where they already are, which tensors without values do not allow.
+        with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+            model = Translator(config, text, weights=False).train()
         for p in model.parameters():
             if p.requires_grad:  # ZeRO takes a gradient away as soon as it is there
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

@@ -46,6 +46,12 @@ def test_a_frozen_encoder_keeps_no_activations_and_has_no_backward_pass():
     assert from_features.encoder_flops == 0 and from_features.activations <= many.activations
 
 
+def test_with_lora_only_the_updates_have_states():
+    text, config = cost._text(recipe("stage2", **{"llm.path": "meta-llama/Llama-2-7b-hf", "llm.lora.rank": 16, "llm.lora.targets": ["q_proj", "v_proj"]}))
+    step = cost.dry_step(config, text, [20], 8, features=True)
+    assert step.parts["language"] == (32 * 2 * 2 * 16 * 4096, 6_738_415_616)  # 32 layers, two matrices of 4096 x 4096; LLaMA 2 as published
+
+
 def test_zero2_shares_states_out_and_the_run_is_the_same_run():
     one, eight = (figures(recipe("stage2", **{"train.batch": 32}), n) for n in (1, 8))
     for name in ("memory/master weights", "memory/moments", "memory/gradients"):
