@@ -104,7 +104,7 @@ def test_used_frames_are_every_fourth_frame_of_streams_that_others_encode(tmp_pa
     assert meta["num_frames"] == 50
     for data in (path.read_bytes(), shard):
         with av.open(io.BytesIO(data)) as container:
-            every = [video._to_array(f, 48, 48, video.VideoReformatter()) for f in container.decode(video=0)]
+            every = [video.to_array(f, 48, 48, video.VideoReformatter()) for f in container.decode(video=0)]
         for stride, longest in ((4, 300), (4, 24), (3, 300), (1, 300)):
             wanted = np.stack(every)[video.positions(50, stride, longest)]
             assert np.array_equal(video.decode(data, 48, stride, longest, 50), wanted)
