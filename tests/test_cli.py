@@ -34,7 +34,10 @@ def test_names_and_options_are_frozen():
         "score": ["hypotheses", "references", "convention"],
         "compare": ["run_a", "run_b", "split"],
         "ablate": ["recipe", "table", "seeds", "rows", "out", "ranks", "where", "sbatch", "run", "overrides"],
-        "translate": ["run", "videos"],
+        "probe": ["run", "split"],
+        "report": ["run", "split", "clips"],
+        "doctor": ["recipe", "run_dir", "overrides"],
+        "translate": ["run", "videos", "format", "segments", "window", "alternatives"],
     }
     assert options(make_shards.COMMANDS) == {
         "synthetic": ["out", "preset", "dials", "seed", "train", "dev", "test", "size", "options"],
