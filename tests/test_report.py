@@ -17,9 +17,10 @@ from flallm.encode import Options
 from flallm.evaluate import evaluate
 from flallm.probe import probe
 from flallm.shards import make_shards
-from flallm.train import train
+from flallm.train import SHOWN, train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+CLIPS = 5  # that are learnt by heart
 HOSTILE = [
     '<script>window.broken = 1</script><img src=x onerror="window.broken = 1">',
     "שלום \u202e evil \u202c world",
@@ -51,14 +52,14 @@ def again(run, out):
 @pytest.fixture(scope="module")
 def runs(llm, tmp_path_factory):
     out = tmp_path_factory.mktemp("probed")
-    clips = list(synthetic.clips(train=8, dev=0, test=0, size=36))
+    clips = list(synthetic.clips(train=CLIPS, dev=0, test=0, size=36))
     corpora = {"seeing": clips, "blind": [replace(c, media=clips[0].media) for c in clips]}
     configs = {}
     for name, those in corpora.items():
-        make_shards([*those, *(replace(c, split="dev") for c in those)], out / f"{name}-shards", Options(), {"name": "eight"})
-        settings = {"train.steps": 260, "train.batch": 8, "train.dev_every": 130, "train.label_smoothing": 0, "data.augment.probability": 0}
+        make_shards([*those, *(replace(c, split="dev") for c in those)], out / f"{name}-shards", Options(), {"name": "few"})
+        settings = {"train.steps": 160, "train.batch": CLIPS, "train.dev_every": 80, "train.label_smoothing": 0, "data.augment.probability": 0}
         model = {"light_t.width": 128, "encoder.widths": [16, 32, 32, 64], "data.shards": str(out / f"{name}-shards"), "llm.path": str(llm)}
-        configs[name] = cfg.load("demo", "stage1", SMALL | settings | model | ({"train.steps": 80} if name == "blind" else {}))
+        configs[name] = cfg.load("demo", "stage1", SMALL | settings | model | ({"train.steps": 40} if name == "blind" else {}))
     engine.launch(train_and_probe, 1, configs, out)
     return out
 
@@ -69,7 +70,7 @@ def test_probes_tell_a_run_that_sees_from_one_that_cannot(runs):
     assert seeing["seen_share"] > 0.6 and "hardly looks" not in seeing["verdict"]
     assert seeing["videos"]["another clip's"]["changed"] == 1 and seeing["videos"]["the mean feature"]["changed"] > 0.5
     assert "hardly looks" in blind["verdict"] and blind["repeated"]["share"] == 1
-    assert seeing["groups"]["sentence is in the training text"]["num_samples"] == 8 and seeing["overlap"]["hypothesis"]["sentences"] == 1
+    assert seeing["groups"]["sentence is in the training text"]["num_samples"] == CLIPS and seeing["overlap"]["hypothesis"]["sentences"] == 1
 
 
 @pytest.mark.parametrize("ranks", (2, 3))
@@ -85,7 +86,7 @@ def test_tensorboard_has_the_same_names_in_all_stages_and_shows_dev_clips(runs):
     tags = events.Tags()
     assert {"loss", "clips_per_s", "data_wait_share", "lr_encoder", "dev_bleu4", "hparams/dev_bleu4"} <= {*tags["scalars"]}
     keys = {tag.split("/")[1] for tag in tags["tensors"] if tag.startswith("dev/")}
-    assert len(keys) == 4 and {f"{kind}/{key}" for key in keys for kind in ("dev", "dev_attention")} <= {*tags["images"]}
+    assert len(keys) == SHOWN and {f"{kind}/{key}" for key in keys for kind in ("dev", "dev_attention")} <= {*tags["images"]}
     assert len(events.Images("dev/" + min(keys))) == 1 and events.Images("dev/" + min(keys))[0].encoded_image_string.startswith(b"GIF")
     assert len(events.Images("dev_attention/" + min(keys))) == 2
 
@@ -114,10 +115,10 @@ def test_the_page_is_searched_sorted_and_played(runs, chromium):
     path = report.report(runs / "seeing", "dev", 3)
     page, said = opened(chromium, path)
     sentences = [json.loads(line) for line in (runs / "seeing/predictions/dev.jsonl").read_text().splitlines()]
-    assert page.locator("#list > li:visible").count() == 8
+    assert page.locator("#list > li:visible").count() == CLIPS
     word = max((word for s in sentences for word in s["reference"].split()), key=len)
     page.fill("#search", word.upper())
-    assert page.locator("#list > li:visible").count() == sum(word in s["reference"] for s in sentences) < 8
+    assert page.locator("#list > li:visible").count() == sum(word in s["reference"] for s in sentences) < CLIPS
     page.fill("#search", "")
     page.select_option("#sort", "-length")
     lengths = page.locator("#list > li").evaluate_all("found => found.map((e) => Number(e.dataset.length))")
@@ -156,7 +157,7 @@ def test_hostile_text_neither_runs_nor_breaks_the_page(runs, chromium, tmp_path)
     (tmp_path / "run/command.txt").write_text(HOSTILE[0])
     (tmp_path / "run/bad_samples.jsonl").write_text(json.dumps({"key": HOSTILE[0], "cause": HOSTILE[5]}) + "\n{half a li")
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 261, HOSTILE[5]: 1.0}) + "\n")
+        file.write(json.dumps({"step": 161, HOSTILE[5]: 1.0}) + "\n")
     page, said = opened(chromium, report.report(tmp_path / "run", "dev", 4))
     assert page.locator("#list > li").count() == len(HOSTILE) and page.evaluate("window.broken") is None
     page.fill("#search", "onerror")
