@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from packaging.requirements import Requirement
 from flallm import UserError, decoder, engine
 from flallm.config import Config
 from flallm.loader import Clips
-from flallm.shards import BadSample
 
 OK, WARN, MISS = "OK", "WARN", "MISS"
 Row = tuple[str, str, str]  # (state, what, what is found and what to do)
@@ -68,12 +67,8 @@ def _devices() -> Iterator[Row]:
         yield WARN, "GPU", "none that PyTorch can use: everything runs, on CPUs with gloo, at a size for trying out"
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        bf16 = properties.major >= 8
-        yield (
-            OK if bf16 else WARN,
-            f"GPU {i}",
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB" + "" if bf16 else ", no bf16: set train.precision=fp32",
-        )
+        said, bf16 = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB", properties.major >= 8
+        yield (OK, f"GPU {i}", said) if bf16 else (WARN, f"GPU {i}", f"{said}, no bf16: set train.precision=fp32")
     cores = len(os.sched_getaffinity(0))
     yield OK, "CPU cores", str(cores)
 
@@ -129,15 +124,20 @@ def _shards(config: Config) -> Iterator[Row]:
         except (UserError, OSError, ImportError) as error:
             yield MISS, f"data: {split}", str(error)
             continue
-        load = _decoder(clips, split)
+        numbers = np.unique(np.linspace(0, len(clips.used) - 1, min(SAMPLES, len(clips.used))).astype(int)).tolist()
         bad, seconds, frames = [], 0.0, 0
-        for number in np.unique(np.linspace(0, len(clips.used) - 1, min(SAMPLES, len(clips.used))).astype(int)).tolist():
+        for number in numbers:
+            out = np.empty((int(clips.used[number]), *clips.shape), clips.dtype)
             began = time.process_time()
-            key, _, cause = load(number)
+            key, _, cause = decoder.load(clips.shards, clips.options, number, 0 if split == "train" else None, out)
             seconds, frames = seconds + time.process_time() - began, frames + int(clips.used[number])
             bad += [f"{key}: {cause}"] * bool(cause)
-        found = f"{len(clips.used):,} clips, {min(SAMPLES, len(clips.used))} of them read and decoded"
-        yield (MISS, f"data: {split}", f"{len(bad)} of {SAMPLES} are broken, as {bad[0]}: see make_shards.py verify") if bad else (OK, f"data: {split}", found)
+        found = f"{len(clips.used):,} clips, {len(numbers)} of them read and decoded"
+        yield (
+            (MISS, f"data: {split}", f"{len(bad)} of {len(numbers)} are broken, as {bad[0]}: see make_shards.py verify")
+            if bad
+            else (OK, f"data: {split}", found)
+        )
         if split == "train":
             cores, workers = len(os.sched_getaffinity(0)), config.data.workers * max(1, torch.cuda.device_count())
             rate = frames / max(seconds, 1e-9)
@@ -146,17 +146,6 @@ def _shards(config: Config) -> Iterator[Row]:
             )
             few = workers >= cores
             yield (WARN, "reading", f"{said}, but {workers} workers and the ranks share {cores} cores") if few else (OK, "reading", said)
-
-
-def _decoder(clips: Clips, split: str) -> Callable[[int], tuple[str, str, str]]:
-    def load(number: int) -> tuple[str, str, str]:
-        frames = np.empty((int(clips.used[number]), *clips.shape), clips.dtype)
-        try:
-            return decoder.load(clips.shards, clips.options, number, 0 if split == "train" else None, frames)
-        except BadSample as cause:
-            return f"{split} sample {number}", "", str(cause)
-
-    return load
 
 
 def _models(configs: list[Config]) -> Iterator[Row]:

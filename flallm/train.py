@@ -18,7 +18,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from flallm import UserError, checkpoint, plots
+from flallm import UserError, checkpoint
 from flallm import config as cfg
 from flallm import engine as engines
 from flallm.checkpoint import State, Writer
@@ -288,6 +288,8 @@ class Log:
 
     def show(self, model: Translator, said: dict[str, Prediction]) -> None:
         """The first dev clips in TensorBoard: the sentences, where the model looks while it says them, and, once a start, the clips."""
+        from flallm import plots  # rank 0 alone draws, and not before its first look at dev
+
         clips = Clips("dev", self.config.data, self.config.seed)
         model.eval()
         for number in range(min(SHOWN, len(clips.shards))):
