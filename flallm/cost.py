@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flallm import UserError, engine
 from flallm.config import Config
 from flallm.loader import Batch, Clips
+from flallm.model.llm import ATTENTION
 from flallm.model.translator import Translator
 from flallm.plan import TEXT_COST, Plan
 from flallm.text import Text
@@ -35,7 +36,10 @@ from flallm.video import used_frames
 GIB = 2**30
 STEPS = 200  # of the plan that are looked at, evenly spread over an epoch
 TOKEN = 4  # characters
-MFU = 0.20  # [assumed] share of the peak that a step reaches: ResNet-50 on A100 by NVIDIA's published training rates
+# A micro-batch takes as long as the host needs to launch its kernels and to run ZeRO's hooks, by the tensors that train, and then as its
+# operations: a line through steps of 8 to 64 clips on an H100 (docs/gpu.md).
+TENSOR = 0.5e-3  # seconds a tensor
+MFU = 0.12  # share of the peak
 HIDDEN = 2 / 3  # of a step's computation is the backward pass, behind which gradients are sent
 SNAPSHOT = 8.0  # [assumed] GB/s from a GPU into the host's memory, while a checkpoint holds training up
 DISK = 1.0  # [assumed] GB/s of a node into a shared file system
@@ -57,7 +61,7 @@ class Device:
     node: float = 0.0
     network: float = 0.0
     kind: str = "cuda"
-    context: float = 0.8  # GiB that the process takes before it has a model
+    context: float = 1.7  # GiB that the process takes before it has a model, on an H100 by docs/gpu.md
 
 
 DEVICES = {
@@ -150,6 +154,7 @@ class Step:
     parts: dict[str, tuple[int, int]]  # part -> (parameters that train, that are frozen)
     largest_group: int  # parameters of the largest group of the optimiser
     norms: int  # BatchNorms that train
+    tensors: int  # that train
     trimmed: int  # parameters of words that `flallm trim` has left out
     reduced: int  # bytes of gradients as they are sent
     flops: int
@@ -157,8 +162,8 @@ class Step:
     activations: int  # bytes at the moment when there are most
 
 
-def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int, features: bool = False) -> Step:
-    """Forward and backward of a micro-batch of clips with so many used frames, texts of so many tokens. features: in place of video."""
+def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int, features: bool = False, kind: str = "cpu") -> Step:
+    """Forward and backward of a micro-batch of clips with so many used frames, texts of so many tokens. features: in place of video; kind: of the device."""
     from deepspeed.runtime.torch_autocast import LOWER_PRECISION_SAFE_MODULES
 
     frames, labels = torch.tensor(lengths), torch.full((len(lengths), tokens), text.end)
@@ -168,6 +173,8 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
         # peft moves new weights to where they already are, which tensors without values do not allow.
         with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
             model = Translator(config, text, weights=False).train()
+        for part in (model, model.first) if model.one_pass else (model,):
+            part.language.set_attn_implementation(ATTENTION[kind])
         for p in model.parameters():
             if p.requires_grad:  # ZeRO takes a gradient away as soon as it is there
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -191,6 +198,7 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
         {part: tuple(sum(p.numel() for p in params if p.requires_grad is trains) for trains in (True, False)) for part, params in count.items()},
         max(sum(p.numel() for p in group["params"]) for group in groups),
         len(engine.moving_statistics(model)) // 3,
+        len(trained),
         _trimmed(model),
         sum(p.numel() * (2 if id(p) in half else 4) for p in trained),
         counter.get_total_flops(),
@@ -272,7 +280,7 @@ def duration(seconds: float) -> str:
 
 def here(world_size: int) -> Device:
     """A rank of this machine without a GPU."""
-    return Device("CPU", 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / world_size, kind="cpu")
+    return Device("CPU", 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / world_size, kind="cpu", context=0.8)
 
 
 def cost(config: Config, world_size: int, device: Device, clips_per_s: float | None = None) -> list[Figure]:
@@ -355,7 +363,7 @@ def _figures(
     candidates = {max(micro_batches, key=lambda c: int(frames[c].sum())).tobytes(), max(micro_batches, key=lambda c: len(c) * int(texts[c].max())).tobytes()}
     kind = micro_batches[0].dtype
     largest = [np.frombuffer(c, kind) for c in candidates]
-    dry = [dry_step(shaped, text, frames[c].tolist(), int(texts[c].max()) // TOKEN + 2, features) for c in largest]
+    dry = [dry_step(shaped, text, frames[c].tolist(), int(texts[c].max()) // TOKEN + 2, features, device.kind) for c in largest]
     which = int(np.argmax([d.activations for d in dry]))
     step, clips = dry[which], largest[which]
     trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
@@ -397,8 +405,15 @@ def _figures(
         f"{clips_per_s:g} clips/s as given" if clips_per_s else "give the --clips_per_s that were measured",
     )
     if device.tflops and not clips_per_s:
-        compute = flops / (MFU * device.tflops * 1e12) / balance
-        yield Figure("computation", "time", compute, "s", f"at {MFU:.0%} of {device.tflops:g} TFLOP/s [assumed], on the slowest rank by balance")
+        launches = TENSOR * step.tensors * train.micro_batches
+        compute = launches + flops / (MFU * device.tflops * 1e12) / balance
+        yield Figure(
+            "computation",
+            "time",
+            compute,
+            "s",
+            f"at {MFU:.0%} of {device.tflops:g} TFLOP/s, on the slowest rank by balance, and {duration(launches)} to launch it: both as on an H100",
+        )
         link, where = 1e9 * (device.node if N <= 8 else device.network), "in the node" if N <= 8 else "a GPU over the network"
         reduced, gathered = (N - 1) / N * 2 * step.reduced * train.micro_batches, (N - 1) / N * 4 * trained
         hidden = min(reduced / link, HIDDEN * compute)
@@ -417,7 +432,7 @@ def _figures(
             f"the other gradients, all weights, and {step.norms} BatchNorms over ranks, twice {LATENCY * 1e6:.0f} us each [assumed]",
         )
         seconds = compute + exposed
-        how = f"computation + exposed communication: {n / epoch_steps / seconds:.1f} clips/s, ranks compute {compute * balance / seconds:.0%} of the time"
+        how = f"computation + exposed communication: {n / epoch_steps / seconds:.1f} clips/s"
     if seconds:
         yield Figure("time", "step", seconds, "s", how)
         yield Figure("time", "run", steps * seconds, "s", "all steps; looks at the dev split not counted")

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -69,7 +70,8 @@ def join(timeout: float = 600) -> Ranks:
     if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
     if "RANK" not in env:
-        env.update(rendezvous(), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        # Port 0: the one that is free once it is opened. One asked for beforehand can be gone by then.
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start the ranks with torchrun, deepspeed or slurm/*.sh")
@@ -78,6 +80,12 @@ def join(timeout: float = 600) -> Ranks:
         # Ranks of one machine share its cores; what a launcher does not say is taken from the size of the group.
         here = int(env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or env["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    else:
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # clips differ in length, and so do the blocks of every step
+        # A run that goes on is to differ from one never stopped as little as kernels allow; this costs no time (docs/gpu.md).
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls what torch renames
     import deepspeed
 
@@ -174,11 +182,11 @@ def start_engine(model: Translator, config: Train, ranks: Ranks):
     """A DeepSpeed engine around the model, from a file of ds_configs/ with the batch arithmetic filled in."""
     import deepspeed
 
-    groups = parameter_groups(model, config)
+    groups, fused = parameter_groups(model, config), ranks.device.type == "cuda"
     if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
     else:  # a torch object: naming AdamW in the JSON would compile DeepSpeed's own
-        optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
     settings = deepspeed_config(config, ranks.device.type) | {
         # The plan deals in clips; to DeepSpeed a micro-batch on a rank is one unit.
         "train_micro_batch_size_per_gpu": 1,
@@ -220,7 +228,7 @@ def load_optimizer_pieces(engine, files: list[Path]) -> None:
             for key in keys:
                 if (key, group) in pieces:
                     _, file, name = pieces[key, group][0]
-                    state[key] = file.get_tensor(name)
+                    state[key] = file.get_tensor(name).to(flat.device if engine.optimizer.optimizer.defaults.get("fused") else "cpu")
                     continue
                 state[key] = torch.zeros_like(flat, requires_grad=False)
                 for parameter, at, here in parameters:
@@ -271,6 +279,31 @@ def deepspeed_config(config: Train, device: str) -> dict:
     if stage not in (1, 2):
         raise UserError(f"train.deepspeed: zero_optimization.stage is {stage} in {path}; 1 and 2 are supported")
     return settings
+
+
+def on_the_way(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, each sent to the GPU while the step before it is computed: by a thread of its own, for a copy out of memory that is
+    not pinned holds up who asks for it, and on a stream of its own."""
+    with contextlib.closing(batches):
+        if device.type == "cpu":
+            yield from batches
+            return
+        stream = torch.cuda.Stream(device)
+
+        def send() -> Batch | None:
+            if batch := next(batches, None):
+                with torch.cuda.stream(stream):
+                    batch = batch.to(device)
+                stream.synchronize()
+            return batch
+
+        with ThreadPoolExecutor(1) as sender:
+            coming = sender.submit(send)
+            while batch := coming.result():
+                coming = sender.submit(send)
+                for tensor in (batch.frames, batch.labels):
+                    tensor.record_stream(torch.cuda.current_stream())
+                yield batch
 
 
 def set_learning_rates(engine, config: Train, factor: Callable[[float], float]) -> None:

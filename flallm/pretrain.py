@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from flallm import UserError
 from flallm.loader import IGNORE
-from flallm.model.llm import ATTENTION
+from flallm.model.llm import HERE
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
@@ -44,7 +44,7 @@ def pretrain(
     torch.manual_seed(seed)
     config = MBartConfig(
         vocab_size=len(tokenizer), d_model=width, max_position_embeddings=512, dropout=0.0, scale_embedding=True, bos_token_id=0, pad_token_id=1,
-        eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=None, attn_implementation=ATTENTION, **shape,
+        eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=None, attn_implementation=HERE, **shape,
     )  # fmt: skip
     model = MBartForConditionalGeneration(config).train()
     print(

@@ -68,7 +68,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     with checkpoint.lock(run, ranks), engines.Asked() as asked, contextlib.ExitStack() as leaving:
         torch.manual_seed(config.seed * 1000 + ranks.rank + 1)  # … and drop out different units
         first = found[1]["step"] if found else 0
-        loader = leaving.enter_context(contextlib.closing(batches(clips, text, training_groups(plan, ranks.rank, first, total), config.data.workers)))
+        decoded = batches(clips, text, training_groups(plan, ranks.rank, first, total), config.data.workers)
+        loader = leaving.enter_context(contextlib.closing(engines.on_the_way(decoded, ranks.device)))
         state = checkpoint.restore(*found, engine, ranks, config.seed) if found else State()
         log = Log(config, run, ranks, total, text, model, state)
         writer = Writer(run, ranks, config.checkpoint, {"data": data, "config": cfg.flat(config), "environment": environment(ranks)})

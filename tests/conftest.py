@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # files of tests run side by side
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks share this machine's cores and could not share a GPU; test_gpu.py sees what there is
 
 import pytest
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 
 from flallm.config import LightT
-from flallm.model.llm import ATTENTION
+from flallm.model.llm import HERE
 from flallm.text import Text
 
 
@@ -28,7 +28,7 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
             pad_token_id=text.pad,
             eos_token_id=text.end,
             decoder_start_token_id=text.start[-1],
-            attn_implementation=ATTENTION,
+            attn_implementation=HERE,
             **shape,
         )
     )

@@ -28,7 +28,8 @@ from flallm.text import Text
 logging.disable_progress_bar()  # it would draw a bar a rank, for weights that are there at once
 
 # On a CPU the fused kernel's backward is the slower one: 155 against 119 ms a step of the demo's language model.
-ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
+ATTENTION = {"cuda": "sdpa", "cpu": "eager"}
+HERE = ATTENTION["cuda" if torch.cuda.is_available() else "cpu"]
 DROPOUT = {"mbart": "dropout", "t5": "dropout_rate", "mt5": "dropout_rate"}  # the encoder-decoders that are known
 
 
@@ -103,7 +104,7 @@ def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
         elif shape.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             raise UserError(f"llm.path: {config.path} is a {kind} model; stage 2 takes {', '.join(DROPOUT)} and decoder-only models such as llama")
         auto = AutoModelForSeq2SeqLM if kind in DROPOUT else AutoModelForCausalLM
-        options = {"attn_implementation": ATTENTION, "dtype": torch.float32}
+        options = {"attn_implementation": HERE, "dtype": torch.float32}
         if weights and not config.random:
             model = auto.from_pretrained(config.path, config=shape, **options)
         else:
