@@ -216,14 +216,18 @@ def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown"
 
 
 @SetParseFn(str)
-def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> Job:
+def score(hypotheses: str, references: str | None = None, *, convention: str = "all", semantic: str | None = None, layer: str | None = None) -> Job:
     """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
 
     Args:
         hypotheses: a text file with a sentence a line, a predictions.jsonl, or a pickle of another code base's results
         references: the same of the references; not needed where the first file holds both
         convention: raw, 13a, csl-daily, zh, lower or all
+        semantic: the folder of a model that scores by meaning: BLEURT (a head of one number) or any encoder for BERTScore
+        layer: whose embeddings BERTScore compares; the last one's where it is not given
     """
+    if layer is not None and not (layer.isdecimal() and int(layer)):
+        raise UserError(f"--layer: {layer!r} is not a layer's number")
 
     def work() -> None:
         from flallm import metrics, results
@@ -231,7 +235,12 @@ def score(hypotheses: str, references: str | None = None, *, convention: str = "
         names = list(metrics.CONVENTIONS) if convention == "all" else [convention]
         said, meant, _ = results.pairs(Path(hypotheses), Path(references) if references else None)
         scores = metrics.scores(said, meant, names)
-        print(json.dumps(scores if convention == "all" else scores[convention], indent=1))
+        found = scores if convention == "all" else scores[convention]
+        if semantic:
+            from flallm.semantic import semantic as by_meaning
+
+            found["semantic"] = by_meaning(Path(semantic), said, meant, int(layer) if layer else None)
+        print(json.dumps(found, indent=1))
 
     return Job(work)
 

@@ -61,7 +61,7 @@ def scores(hypotheses: Sequence[str], references: Sequence[str], conventions: Se
         for name, (kind, arguments) in _kinds(convention).items():
             key = (kind, *arguments.items())
             if key not in measured:
-                measured[key] = _measure(kind(**arguments), hypotheses, references)
+                measured[key] = measure(kind(**arguments), hypotheses, references)
             parts[name], signatures[name] = measured[key]
         signatures = {"bleu": signatures["bleu4"]} | {name: s for name, s in signatures.items() if not name.startswith("bleu")}
         found[convention] = parts | {
@@ -79,7 +79,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], convention: str)
 
 def value(hypotheses: Sequence[str], references: Sequence[str], convention: str, name: str) -> dict:
     """{"value", "ci95"} of one score alone."""
-    return _measure(metric(convention, name), list(hypotheses), list(references))[0]
+    return measure(metric(convention, name), list(hypotheses), list(references))[0]
 
 
 def splitter(convention: str) -> Callable[[str], list[str]]:
@@ -117,12 +117,12 @@ def _kinds(convention: str) -> dict[str, tuple[type[Metric], dict]]:
     }
 
 
-def _measure(metric: Metric, hypotheses: list[str], references: list[str]) -> tuple[dict, str]:
+def measure(metric: Metric, hypotheses: list[str], references: list[str]) -> tuple[dict, str]:
     """({"value", "ci95"}, signature). The interval is the one sacreBLEU prints: the resamples' mean ± half the span of their middle 95 %; where that
     span is lopsided it is widened to the value and cut at the ends of the scale. Takes up to 72 KB of memory a sentence (chrF: 18 counts x 1000)."""
     score = metric.corpus_score(hypotheses, [references], n_bootstrap=RESAMPLES)
     signature = str(metric.get_signature())
     said = json.loads(score.format(width=12, is_json=True, signature=signature))  # states no interval where every resample scores 0
     mean, half = said.get("confidence_mean", 0.0), said.get("confidence_var", 0.0)
-    top = float("inf") if isinstance(metric, WER | Ter) else 100.0
-    return {"value": float(score.score), "ci95": [min(score.score, max(0.0, mean - half)), max(score.score, min(top, mean + half))]}, signature
+    bottom, top = getattr(metric, "bounds", (0.0, 100.0))
+    return {"value": float(score.score), "ci95": [min(score.score, max(bottom, mean - half)), max(score.score, min(top, mean + half))]}, signature

@@ -89,7 +89,7 @@ def report(run: Path, split: str, clips: int) -> Path:
         "time": _time(rows),
         "bad": Counter((str(b.get("key")), str(b.get("cause"))) for b in _jsonl(run / "bad_samples.jsonl")).most_common(),
         "skipped": sorted({row.get("step") for row in _jsonl(run / "skipped.jsonl")} - {None}),
-        "tables": [_text(path) for path in sorted({*run.parent.glob("table-*.md"), *run.parent.glob("fig*.md")})],
+        "tables": [_table(path) for path in sorted({*run.parent.glob("table-*.md"), *run.parent.glob("fig*.md")})],
         "sentences": sentences,
         "notes": notes,
         "labels": LABELS,
@@ -99,6 +99,20 @@ def report(run: Path, split: str, clips: int) -> Path:
     part.write_text(_render(found), encoding="utf-8", errors="replace")
     part.replace(page)
     return page
+
+
+def _table(path: Path) -> dict:
+    """What `flallm ablate` wrote: {"title", "head", "rows", "note", "picture": a data: address}."""
+    lines = _text(path).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    picture = path.with_suffix(".png")
+    return {
+        "title": next(iter(lines), path.stem).strip("*"),
+        "head": cells[0] if cells else [],
+        "rows": cells[2:],
+        "note": " ".join(line for line in lines[1:] if not line.startswith(("|", "!["))).strip(),
+        "picture": f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}" if picture.is_file() else "",
+    }
 
 
 def _render(found: dict) -> str:

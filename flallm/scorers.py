@@ -5,6 +5,7 @@ An empty hypothesis gets no ROUGE-L and one error for each word of its reference
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,8 @@ class ChrF(_PlainNumbers, CHRF):
 
 class Ter(_PlainNumbers, TER):
     """sacreBLEU's."""
+
+    bounds = (0.0, math.inf)
 
 
 class _Ratio(Metric):
@@ -67,10 +70,27 @@ class _Ratio(Metric):
 class WER(_Ratio):
     """Word error rate: edits ÷ words of the references, over the corpus."""
 
-    name = "WER"
+    name, bounds = "WER", (0.0, math.inf)
 
     def count(self, hypothesis: list[str], reference: list[str]) -> tuple[float, float]:
         return edit_distance(hypothesis, reference), len(reference)
+
+
+class Meaning(_Ratio):
+    """The mean over sentences of values found beforehand, {(hypothesis, reference): value}."""
+
+    def __init__(self, name: str, bounds: tuple[float, float], values: dict[tuple[str, str], float]):
+        super().__init__("none", False)
+        self.name, self.bounds, self.values = name, bounds, values
+
+    def _preprocess_segment(self, sent: str) -> str:
+        return sent
+
+    def _extract_reference_info(self, refs: Sequence[str]) -> dict:
+        return {"reference": refs[0]}
+
+    def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
+        return [self.values[hypothesis, ref_kwargs["reference"]], 1.0]
 
 
 class RougeL(_Ratio):

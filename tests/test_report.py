@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flallm import config as cfg
-from flallm import engine, report
+from flallm import engine, plots, report
 from flallm.corpora import synthetic
 from flallm.encode import Options
 from flallm.evaluate import evaluate
@@ -61,6 +61,14 @@ def runs(llm, tmp_path_factory):
         model = {"light_t.width": 128, "encoder.widths": [16, 32, 32, 64], "data.shards": str(out / f"{name}-shards"), "llm.path": str(llm)}
         configs[name] = cfg.load("demo", "stage1", SMALL | settings | model | ({"train.steps": 40} if name == "blind" else {}))
     engine.launch(train_and_probe, 1, configs, out)
+    table = {
+        "title": "Table 9, what is frozen",
+        "rows": {"nothing": {"bleu4": {"mean": 3.0, "values": [3.0], "ci95": [2.0, 4.0]}, "paper": {}}},
+    }  # as flallm ablate leaves it beside its runs
+    (out / "table-9.md").write_text(
+        "**Table 9, what is frozen**\n\n| | B4 [95 %] |\n|---|---|\n| nothing | 3.00 [2.00, 4.00] |\n\ndemo, one seed\n\n![x](table-9.png)\n"
+    )
+    plots.table(table, out / "table-9.png")
     return out
 
 
@@ -136,6 +144,8 @@ def test_the_page_is_searched_sorted_and_played(runs, chromium):
         arg=word.element_handle(),
     )
     assert page.locator(".chart canvas").count() == page.locator(".chart").count() >= 5
+    assert page.locator("#ablations tbody").inner_text().split("\t") == ["nothing", "3.00 [2.00, 4.00]"]
+    assert page.locator("#ablations img").evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
     assert "100.00" in page.locator("header").inner_text() and "from seeing" in page.locator("header").inner_text()
     assert said == []
 

@@ -5,6 +5,7 @@ python tools/bench_eval.py DEMO [FIGURE …]          # DEMO: the folder that ma
 
 from __future__ import annotations
 
+# What is slow to import is imported where it is used, as in flallm/cli.py: every worker that decodes imports this file anew.
 import json
 import random
 import shutil
@@ -15,13 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from flallm import engine, metrics
-from flallm.corpora import synthetic
-from flallm.evaluate import decode_split, load_run
-from flallm.report import report
-
 SENTENCES = 2500
-CLIPS = 64
 
 
 def say(figure: str, value: float, unit: str, detail: str) -> None:
@@ -30,6 +25,9 @@ def say(figure: str, value: float, unit: str, detail: str) -> None:
 
 def score(_: Path) -> None:
     """All conventions with intervals, on sentences of PHOENIX14T's length (two of the embedded corpus in one), every fifth word of the hypotheses wrong."""
+    from flallm import metrics
+    from flallm.corpora import synthetic
+
     texts = [text for _, text in synthetic.sentences("text", 2 * SENTENCES)]
     references = [" ".join(pair) for pair in zip(texts[::2], texts[1::2])]
     words, rng = sorted({word for text in texts for word in text.split()}), random.Random(0)
@@ -47,7 +45,9 @@ def score(_: Path) -> None:
 
 
 def evaluate(demo: Path) -> None:
-    """Clips/s of stage 2's test clips: the recipe's batch against clips one by one, in turns; and two ranks against one."""
+    """Clips/s of stage 2's test clips, workers' start included: the recipe's batch against clips one by one, in turns; and two ranks against one."""
+    from flallm import engine
+
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2):
             engine.launch(_decode, ranks, demo / "stage2", Path(folder) / f"{ranks}.json")
@@ -63,21 +63,26 @@ def evaluate(demo: Path) -> None:
 
 
 def _decode(run: Path, out: Path) -> None:
+    from flallm import engine
+    from flallm.evaluate import decode_split, load_run
+
     ranks = engine.join()
     model, config = load_run(run, ranks.device)
     speeds: dict[str, list[float]] = {"many": [], "single": []}
     for turn in range(4):
         for name, decode in (("many", config.decode), ("single", replace(config.decode, batch=1))):
             began = time.monotonic()
-            decode_split(model, config, "test", ranks, decode, CLIPS)
+            predictions, _ = decode_split(model, config, "test", ranks, decode)
             if turn:  # the first warms up
-                speeds[name].append(CLIPS / (time.monotonic() - began))
+                speeds[name].append(len(predictions) / (time.monotonic() - began))
     if ranks.first:
         out.write_text(json.dumps({name: statistics.median(found) for name, found in speeds.items()} | {"batch": config.decode.batch}))
 
 
 def page(demo: Path) -> None:
     from playwright.sync_api import sync_playwright
+
+    from flallm.report import report
 
     began = time.perf_counter()
     path = report(demo / "stage2", "test", 24)
