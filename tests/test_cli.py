@@ -31,7 +31,7 @@ def test_names_and_options_are_frozen():
         "export": ["run", "out", "lora", "license"],
         "trim": ["llm", "shards", "out", "text", "most"],
         "plan": ["recipe", "world_size", "gpu", "stage", "clips_per_s", "overrides"],
-        "score": ["hypotheses", "references", "convention"],
+        "score": ["hypotheses", "references", "convention", "semantic", "layer"],
         "compare": ["run_a", "run_b", "split"],
         "ablate": ["recipe", "table", "seeds", "rows", "out", "ranks", "where", "sbatch", "run", "overrides"],
         "probe": ["run", "split"],
