@@ -84,9 +84,10 @@ class Writer:
         self.last, self.saved = time.monotonic(), state.step
         self.manifest = {"step": state.step, "dev_bleu4": dev_bleu4, "world_size": self.ranks.world_size, "state": asdict(state), **self.facts}
         tensors = {f"rank-{self.ranks.rank}.safetensors": rank_tensors(engine, self.ranks)}
-        if self.ranks.first:
-            tensors["model.safetensors"] = unique_tensors(engine.module)
-        copies = {name: {k: v.detach().to("cpu", copy=True) for k, v in content.items()} for name, content in tensors.items()}
+        with engines.whole(engine):
+            if self.ranks.first:
+                tensors["model.safetensors"] = unique_tensors(engine.module)
+            copies = {name: {k: v.detach().to("cpu", copy=True) for k, v in content.items()} for name, content in tensors.items()}
         self.files = self.thread.submit(_write, self.folder / f".step-{state.step}.part", copies)
 
     def settle(self) -> None:

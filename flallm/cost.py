@@ -166,6 +166,7 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
     """Forward and backward of a micro-batch of clips with so many used frames, texts of so many tokens. features: in place of video; kind: of the device."""
     from deepspeed.runtime.torch_autocast import LOWER_PRECISION_SAFE_MODULES
 
+    half_precision = engine.computes_in_bf16(config.train, kind)
     frames, labels = torch.tensor(lengths), torch.full((len(lengths), tokens), text.end)
     # Without the word loss, whose shapes depend on values; it is one linear layer.
     config = replace(config, encoder=replace(config.encoder, weights=None, global_batch_norm=False), train=replace(config.train, word_loss=0.0))
@@ -182,15 +183,11 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
         video = torch.empty(sum(lengths), *frame, dtype=dtype)
         live, counter = Live(), FlopCounterMode(display=False)
         with live, counter:
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half_precision):
                 loss, _ = model(Batch(video, frames, labels, [], [], []))
             loss.backward()
     by_module = counter.get_flop_counts()
-    half = (
-        {id(p) for m in model.modules() if type(m) in LOWER_PRECISION_SAFE_MODULES for p in m.parameters(recurse=False)}
-        if config.train.precision == "bf16"
-        else set()
-    )
+    half = {id(p) for m in model.modules() if type(m) in LOWER_PRECISION_SAFE_MODULES for p in m.parameters(recurse=False)} if half_precision else set()
     count = {part: [p for p in getattr(model, part).parameters()] for part in ("encoder", "adapter", "language")}
     groups = engine.parameter_groups(model, config.train)
     trained = [p for group in groups for p in group["params"]]
@@ -225,29 +222,36 @@ class Memory:
     bucket: float  # where gradients are put together to be reduced
     activations: int
     update: float  # a second copy of gradients, and AdamW's temporaries
+    gathered: float  # ZeRO-3 alone: other ranks' weights, as many as a step has at a time
+    others: float  # ZeRO-3 alone: all of them, when all come together for a look at dev or a checkpoint
 
     @property
     def peak(self) -> float:
-        return self.context + self.weights + self.master + self.moments + max(self.bucket + self.gradients + self.activations, self.gradients + self.update)
+        moment = max(self.bucket + self.activations + self.gathered, self.update, self.others)
+        return self.context + self.weights + self.master + self.moments + self.gradients + moment
 
 
 def memory(config: Config, step: Step, world_size: int, device: Device) -> Memory:
-    """ZeRO-2 as DeepSpeed does it, with fp32 weights, master weights and gradients (autocast computes in bf16)."""
+    """ZeRO as DeepSpeed does it, with fp32 weights, master weights and gradients (autocast computes in bf16). Under ZeRO-3 a rank's share of the
+    weights is its master weights too."""
     settings = engine.deepspeed_config(config.train, device.kind)["zero_optimization"]
     trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
     share = 4 * trained / world_size
     offload = settings.get("offload_optimizer", {}).get("device", "none") == "cpu" and device.kind == "cuda"
     bucket = 4 * min(settings["reduce_bucket_size"], trained) * (2 if settings.get("overlap_comm") else 1)
-    adam = config.train.optimizer == "adamw"
+    adam, three = config.train.optimizer == "adamw", settings["stage"] == 3
+    weights = 4 * (trained + frozen)
     return Memory(
         device.context * GIB,
-        4 * (trained + frozen),
-        0 if offload else share,
+        weights / world_size if three else weights,
+        0 if offload or three else share,
         0 if offload else share * (2 if adam else 1),
         0 if offload else share * (2 if config.train.micro_batches > 1 else 1),
         bucket,
         step.activations,
         0 if offload else 4 * step.largest_group / world_size * (2 if adam else 1),
+        min(weights, 4 * settings.get("stage3_max_live_parameters", 1e9)) if three else 0,
+        weights * (1 - 1 / world_size) if three else 0,
     )
 
 
@@ -375,8 +379,10 @@ def _figures(
 
     most = memory(config, step, N, device)
     zero = f"/ {N} ranks"
-    yield Figure("memory", "weights", most.weights, "GiB", "4 bytes x all parameters: fp32")
-    yield Figure("memory", "master weights", most.master, "GiB", f"4 bytes x trained {zero}" if most.master else "on the host")
+    three = bool(most.gathered)
+    yield Figure("memory", "weights", most.weights, "GiB", f"4 bytes x all parameters{f' {zero}' * three}: fp32")
+    how = f"4 bytes x trained {zero}" if most.master else "the weights themselves" if three else "on the host"
+    yield Figure("memory", "master weights", most.master, "GiB", how)
     yield Figure(
         "memory",
         "moments",
@@ -393,6 +399,9 @@ def _figures(
         "GiB",
         f"of the largest micro-batch: {len(clips)} clip{'s' * (len(clips) > 1)}, {frames[clips].sum()} used frames, {train.precision}",
     )
+    if three:
+        yield Figure("memory", "gathered", most.gathered, "GiB", "other ranks' weights that a step has at a time: stage3_max_live_parameters")
+        yield Figure("memory", "other ranks'", most.others, "GiB", "all their weights, for a look at dev or a checkpoint")
     yield Figure("memory", "update", most.update, "GiB", "a copy of the largest group's gradients and the optimiser's temporaries, once activations are gone")
     yield Figure("memory", "peak", most.peak, "GiB", f"with {device.context} GiB of the process; {device.name}: {device.gib:.1f} GiB")
 
@@ -415,21 +424,39 @@ def _figures(
             f"at {MFU:.0%} of {device.tflops:g} TFLOP/s, on the slowest rank by balance, and {duration(launches)} to launch it: both as on an H100",
         )
         link, where = 1e9 * (device.node if N <= 8 else device.network), "in the node" if N <= 8 else "a GPU over the network"
-        reduced, gathered = (N - 1) / N * 2 * step.reduced * train.micro_batches, (N - 1) / N * 4 * trained
-        hidden = min(reduced / link, HIDDEN * compute)
+        # A ring sends what it reduces once and, for all to have it, once more. ZeRO-3 gathers weights for each pass instead.
+        reduced = (N - 1) / N * (1 if three else 2) * step.reduced * train.micro_batches
+        gathered = (N - 1) / N * 4 * (2 * train.micro_batches * (trained + frozen) if three else trained)
+        hidden = min((reduced + gathered) / link, compute) if three else min(reduced / link, HIDDEN * compute)
         waits = LATENCY * 2 * step.norms * train.micro_batches * (N > 1) * config.encoder.global_batch_norm
-        exposed = reduced / link - hidden + gathered / link + waits
+        exposed = (reduced + gathered) / link - hidden + waits
         yield Figure(
-            "communication", "gradients", reduced, "GB", f"sent by a rank a step: all-reduce in a ring, {step.reduced / trained:.1f} bytes a parameter"
+            "communication",
+            "gradients",
+            reduced,
+            "GB",
+            f"sent by a rank a step: {'reduce-scatter' if three else 'all-reduce in a ring'}, {step.reduced / trained:.1f} bytes a parameter",
         )
-        yield Figure("communication", "weights", gathered, "GB", "sent by a rank a step: all-gather of what ranks have updated, fp32")
-        yield Figure("communication", "hidden", hidden, "s", f"behind the backward pass, 2/3 of the computation, at {link / 1e9:g} GB/s {where}")
+        yield Figure(
+            "communication",
+            "weights",
+            gathered,
+            "GB",
+            f"sent by a rank a step: all-gather of {'all, for each forward and each backward pass' if three else 'what ranks have updated'}, fp32",
+        )
+        yield Figure(
+            "communication",
+            "hidden",
+            hidden,
+            "s",
+            f"behind {'the computation' if three else 'the backward pass, 2/3 of the computation'}, at {link / 1e9:g} GB/s {where}",
+        )
         yield Figure(
             "communication",
             "exposed",
             exposed,
             "s",
-            f"the other gradients, all weights, and {step.norms} BatchNorms over ranks, twice {LATENCY * 1e6:.0f} us each [assumed]",
+            f"the rest, and {step.norms} BatchNorms over ranks, twice {LATENCY * 1e6:.0f} us each [assumed]",
         )
         seconds = compute + exposed
         how = f"computation + exposed communication: {n / epoch_steps / seconds:.1f} clips/s"
@@ -484,7 +511,7 @@ def advice(figures: list[Figure], device: Device) -> str:
     if sizes["activations"] > state:
         how = "raise train.micro_batches, bound train.batch_frames, or set llm.gradient_checkpointing=true"
     else:
-        how = "train low-rank updates with llm.lora.rank=16, keep the optimiser on the host with train.deepspeed=ds_configs/zero2_offload.json, trim the vocabulary, or take more ranks"
+        how = "train low-rank updates with llm.lora.rank=16, keep the optimiser on the host with train.deepspeed=ds_configs/zero2_offload.json, share out weights as well with zero3.json, trim the vocabulary, or take more ranks"
     return f"does not fit: {sizes['peak'] / GIB:.1f} GiB of {device.gib:.1f}; {how}"
 
 

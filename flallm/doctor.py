@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from flallm import UserError, decoder, engine
-from flallm.config import Config
+from flallm.config import Config, Train
 from flallm.loader import Clips
 
 OK, WARN, MISS = "OK", "WARN", "MISS"
@@ -70,7 +70,8 @@ def _devices() -> Iterator[Row]:
         said, bf16 = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB", properties.major >= 8
         yield (OK, f"GPU {i}", said) if bf16 else (WARN, f"GPU {i}", f"{said}, no bf16: set train.precision=fp32")
     cores = len(os.sched_getaffinity(0))
-    yield OK, "CPU cores", str(cores)
+    fit = torch.cuda.is_available() or engine.computes_in_bf16(Train(), "cpu")
+    yield OK, "CPU cores", str(cores) + ", without instructions for bf16: recipes compute in fp32" * (not fit)
 
 
 def _ranks() -> Row:

@@ -1,4 +1,4 @@
-"""Ranks and DeepSpeed ZeRO-2. The only module that knows launchers, devices and DeepSpeed."""
+"""Ranks and DeepSpeed's ZeRO. The only module that knows launchers, devices and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -159,9 +159,15 @@ def _run_rank(rank: int, function: Callable, world_size: int, where: dict[str, s
         leave()
 
 
+def computes_in_bf16(config: Train, kind: str) -> bool:
+    """Whether the recipe says so and a device of that kind, cpu or cuda, is fit for it. A CPU without instructions for it takes 40 times
+    as long as for fp32 (matrices of 512 x 512, AVX2 alone)."""
+    return config.precision == "bf16" and (kind == "cuda" or getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)())
+
+
 def precision(config: Train, device: torch.device) -> torch.autocast:
     """The context in which a model computes outside training."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(config, device.type))
 
 
 def parameter_groups(model: Translator, config: Train) -> list[dict]:
@@ -193,10 +199,23 @@ def start_engine(model: Translator, config: Train, ranks: Ranks):
         "gradient_accumulation_steps": config.micro_batches,
         "gradient_clipping": config.clip,
     }
-    if config.precision == "bf16":  # fp32 parameters; bf16 ones would cast them but not BatchNorm's buffers
+    if computes_in_bf16(config, ranks.device.type):  # fp32 parameters; bf16 ones would cast them but not BatchNorm's buffers
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+@contextlib.contextmanager
+def whole(engine) -> Iterator[None]:
+    """Every rank has all weights, and the model computes on each of them by itself: always so but under ZeRO-3, which brings them together
+    here. All ranks enter together."""
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(engine):
+        yield
 
 
 def optimizer_pieces(engine) -> dict[str, torch.Tensor]:
@@ -245,9 +264,21 @@ def load_optimizer_pieces(engine, files: list[Path]) -> None:
 
 
 def _partitions(engine) -> Iterator[tuple[str, torch.Tensor, list[tuple]]]:
-    """(name, this rank's flat share, [(parameter, where in the parameter, where in the share)]) of each group under ZeRO-1 and 2."""
+    """(name, this rank's flat share, [(parameter, where in the parameter, where in the share)]) of each group; under ZeRO-3 of each part of one."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
     zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:  # each rank has a share of every parameter; the last ranks' may end in padding
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        for part, (flat, parameters) in enumerate(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups)):
+            mapped = []
+            for p in parameters:
+                _, offset, size = zero.grad_position[zero.get_param_id(p)]
+                start = dist.get_rank() * size
+                here = max(0, min(size, p.ds_numel - start))
+                mapped.append((names[id(p)], fragment_address(here, start), fragment_address(here, offset)))
+            yield zero.param_groups[zero.sub_group_to_group_id[part]]["name"], flat, [m for m in mapped if m[1].numel]
+        return
     for group, flat, parameters in zip(zero.param_groups, zero.single_partition_of_fp32_groups, zero.bit16_groups):
         mapped = [(names[id(p)], p._hp_mapping) for p in parameters if p._hp_mapping is not None]
         yield group["name"], flat, [(name, m.lp_fragment_address, m.hp_fragment_address) for name, m in mapped]
@@ -276,8 +307,8 @@ def deepspeed_config(config: Train, device: str) -> dict:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))} in {path}: {first['msg']}") from None
-    if stage not in (1, 2):
-        raise UserError(f"train.deepspeed: zero_optimization.stage is {stage} in {path}; 1 and 2 are supported")
+    if stage not in (1, 2, 3):
+        raise UserError(f"train.deepspeed: zero_optimization.stage is {stage} in {path}; 1, 2 and 3 are supported")
     return settings
 
 
@@ -361,12 +392,19 @@ def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float, most: 
 def layer_norms(engine, ranks: Ranks) -> dict[str, float]:
     """Norms of gradient and parameters of the last layer of the encoder and of the language model, between backward and step: the paper's
     analysis of which of the two dominates (Fig. 2). Under ZeRO each rank holds a share of both, so it is their squares that are added up."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+
     layers = engine.module.last_layers()
     squares = []
     for layer in layers.values():
-        shares = [(p._hp_mapping, p._index_in_param_group) for p in layer.parameters() if p.requires_grad and p._hp_mapping is not None]
-        for tensors in ([m.get_lp_grad_fragment(i) for m, i in shares], [m.get_hp_fragment() for m, _ in shares]):
-            squares.append(sum(float(t.detach().double().square().sum()) for t in tensors))
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        if engine.zero_optimization_stage() == 3:
+            shares = [(safe_get_local_grad(p), safe_get_local_fp32_param(p), p.ds_numel - ranks.rank * p.partition_numel()) for p in trained]
+            shares = [(grad[: max(0, left)], value[: max(0, left)]) for grad, value, left in shares]  # without padding
+        else:
+            mapped = [(p._hp_mapping, p._index_in_param_group) for p in trained if p._hp_mapping is not None]
+            shares = [(m.get_lp_grad_fragment(i), m.get_hp_fragment()) for m, i in mapped]
+        squares += [sum(float(share[kind].detach().double().square().sum()) for share in shares) for kind in (0, 1)]
     names = [f"{what}_norm/{part}" for part in layers for what in ("grad", "param")]
     return {name: math.sqrt(square) for name, square in zip(names, ranks.sum(*squares))}
 

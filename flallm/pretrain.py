@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flallm import UserError
+from flallm import UserError, engine
+from flallm.config import Train
 from flallm.loader import IGNORE
 from flallm.model.llm import HERE
 
@@ -62,7 +63,7 @@ def pretrain(
         inputs = _padded([[*ids, 2] for ids in source], 1)
         labels = _padded([[*ids, 2] for ids in target], IGNORE)
         before = torch.cat([labels.new_zeros(len(labels), 1), labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, 1)], 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with engine.precision(Train(), torch.device("cpu")):
             logits = model(input_ids=inputs, attention_mask=(inputs != 1).long(), decoder_input_ids=before, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()

@@ -71,7 +71,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         decoded = batches(clips, text, training_groups(plan, ranks.rank, first, total), config.data.workers)
         loader = leaving.enter_context(contextlib.closing(engines.on_the_way(decoded, ranks.device)))
         state = checkpoint.restore(*found, engine, ranks, config.seed) if found else State()
-        log = Log(config, run, ranks, total, text, model, state)
+        with engines.whole(engine):
+            log = Log(config, run, ranks, total, text, model, state)
         writer = Writer(run, ranks, config.checkpoint, {"data": data, "config": cfg.flat(config), "environment": environment(ranks)})
         engine.train()
         for state.step in range(first + 1, total + 1):
@@ -87,7 +88,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
                 give_up(writer, log, f"{config.train.max_skipped} steps in a row had to be left out, see {run}/skipped.jsonl; the last good checkpoint is kept")
             dev = None
             if state.step % (config.train.dev_every or plan.steps(0)) == 0 or state.step == total:
-                dev = look_at_dev(model, config, ranks, log)
+                with engines.whole(engine):
+                    dev = look_at_dev(model, config, ranks, log)
             try:
                 if dev is not None or stop or due or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
                     writer.save(engine, log.up_to_now(), dev)
@@ -206,6 +208,8 @@ class Log:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
             whole = sum(p.numel() for p in model.parameters()) / 1e6
             self.say(f"{whole:.2f} M parameters, {trained:.2f} M of them train; {total} steps on {ranks.world_size} ranks")
+            if config.train.precision == "bf16" and not engines.computes_in_bf16(config.train, ranks.device.type):
+                self.say("computing in fp32: this CPU has no instructions for bf16")
             if state.step:
                 self.say(f"going on from the checkpoint of step {state.step} of {total}")
 
