@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from faults import ZERO3
 
 from flallm import UserError, cost
 from flallm import config as cfg
@@ -52,7 +53,7 @@ def test_with_lora_only_the_updates_have_states():
     assert step.parts["language"] == (32 * 2 * 2 * 16 * 4096, 6_738_415_616)  # 32 layers, two matrices of 4096 x 4096; LLaMA 2 as published
 
 
-def test_zero2_shares_states_out_and_the_run_is_the_same_run():
+def test_zero_shares_states_out_and_the_run_is_the_same_run():
     one, eight = (figures(recipe("stage2", **{"train.batch": 32}), n) for n in (1, 8))
     for name in ("memory/master weights", "memory/moments", "memory/gradients"):
         assert eight[name] == one[name] / 8
@@ -60,6 +61,10 @@ def test_zero2_shares_states_out_and_the_run_is_the_same_run():
     assert one["parameters/trained"] == pytest.approx(610.9e6 + 2.1e6, rel=1e-3)  # mBART-large as published, and the adapter
     assert one["communication/gradients"] == 0 < eight["communication/gradients"]
     assert eight["data/steps"] == one["data/steps"]
+    three = figures(recipe("stage2", **{"train.batch": 32, "train.deepspeed": ZERO3}), 8)
+    assert three["memory/weights"] == one["memory/weights"] / 8 and three["memory/master weights"] == 0
+    assert three["memory/weights"] + three["memory/other ranks'"] == one["memory/weights"]
+    assert three["memory/peak"] < eight["memory/peak"] and three["communication/weights"] > 2 * eight["communication/weights"]
     given = figures(recipe("stage2", **{"train.batch": 32}), 8, clips_per_s=100.0)
     assert given["time/run"] == pytest.approx(7096 * 40 / 100, rel=0.01)
     assert given["time/run"] == pytest.approx(given["time/step"] * given["data/steps"])
