@@ -33,6 +33,8 @@ OURS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16",
     "torch_autocast",
 }  # fmt: skip
+if not torch.cuda.is_available():  # before anything imports DeepSpeed, which would warn of it
+    os.environ["DS_ACCELERATOR"] = "cpu"
 AGAIN = 75  # exit code of a run that was asked to stop and has saved all: start it again (EX_TEMPFAIL)
 
 
@@ -76,7 +78,6 @@ def join(timeout: float = 600) -> Ranks:
     if missing:
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start the ranks with torchrun, deepspeed or slurm/*.sh")
     if not torch.cuda.is_available():
-        env["DS_ACCELERATOR"] = "cpu"
         # Ranks of one machine share its cores; what a launcher does not say is taken from the size of the group.
         here = int(env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or env["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
