@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # files of tests run side by side
+os.environ["OMP_WAIT_POLICY"] = "passive"  # … and a thread that waits is to leave its core to the other file
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks share this machine's cores and could not share a GPU; test_gpu.py sees what there is
 
 import pytest
