@@ -35,7 +35,9 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
     splits = {split: Clips(split, config.data, config.seed) for split in tars.splits_of(config.data.shards)}
     if any(clips.features for clips in splits.values()):
         raise UserError(f"data.shards of {run} is {config.data.shards}: these are features already")
-    made_by = about(model, config.data, dtype, copies, config.seed) | {"precision": config.train.precision}
+    made_by = about(model, config.data, dtype, copies, config.seed) | {
+        "precision": "bf16" if engine.computes_in_bf16(config.train, ranks.device.type) else "fp32"
+    }
     sums = {split: hashlib.sha256(np.ascontiguousarray(clips.shards.index["checksum"])).hexdigest() for split, clips in splits.items()}
     made_from = {"format": tars.FORMAT, "features": made_by, "source_sha256": sums}
     done = tars.begin(out, made_from) if ranks.first else None

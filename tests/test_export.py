@@ -57,6 +57,7 @@ def test_three_lines_of_python_say_what_the_run_says(trained, tmp_path, name, op
     finally:
         os.rename(tmp_path / "away", trained / name)
     assert alone.stdout.splitlines()[-1:] == said.stdout.splitlines()[-1:], alone.stderr
+    assert flallm("export", trained / name, tmp_path / "out").returncode == 2
 
 
 def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_path):
@@ -65,4 +66,3 @@ def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_
     for part in ("synthetic, 24 training clips", "| test | raw |", "tok:none", "license: cc-by-nc-4.0", "## Limits"):
         assert part in card
     assert str(trained) not in (tmp_path / "out/config.yaml").read_text()
-    assert flallm("export", trained / "stage1", tmp_path / "out").returncode == 2  # there is something already

@@ -158,10 +158,11 @@ def lab(shards, llm, tmp_path_factory):
         lambda lab: faults.killed_while_saving(lab, ("before the manifest",)),
         faults.not_finite,
         faults.loss_spike,
+        faults.one_rank_signalled,
         lambda lab: faults.other_world_sizes(lab, ("stage2",)),
         faults.two_runs_in_one_folder,
     ],
-    ids=["all killed", "one killed", "killed while saving", "not finite", "loss spike", "other world sizes", "two runs"],
+    ids=["all killed", "one killed", "killed while saving", "not finite", "loss spike", "SIGTERM to one", "other world sizes", "two runs"],
 )
 def test_faults(lab, scenario):
     try:
