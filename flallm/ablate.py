@@ -13,7 +13,8 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,18 +32,23 @@ SEED = 12345  # of the bootstrap, sacreBLEU's
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. changes: what differs from the recipe, as sorted (field, value) pairs."""
+    """One training run. changes: what differs from the recipe, as sorted (field, value) pairs. cached: it reads its stage 1's features, written once."""
 
     stage: str
     changes: tuple[tuple[str, object], ...]
     seed: int
     stage1: Run | None = None
+    cached: bool = False
 
     @property
     def name(self) -> str:
         """Its folder: `stage2+frozen=backbone-after-stage1+stride=2/seed0`."""
         runs = [self, self.stage1] if self.stage1 else [self]
-        words = ["+".join([run.stage, *(f"{field.split('.', 1)[1]}={value}" for field, value in run.changes)]) for run in runs if run is self or run.changes]
+        words = [
+            "+".join([run.stage, *["cached"] * run.cached, *(f"{field.split('.', 1)[1]}={value}" for field, value in run.changes)])
+            for run in runs
+            if run is self or run.changes
+        ]
         return re.sub(r"[^\w+=.-]", "_", "-after-".join(words)) + f"/seed{self.seed}"
 
 
@@ -56,6 +62,7 @@ class Study:
             raise UserError(f"--table: there is no table {table!r} but {', '.join(tables)}")
         self.recipe, self.name, self.table, self.out, self.seeds = recipe, table, tables[table], out, range(seeds)
         self.overrides = every | overrides
+        self.usual = {stage: cfg.flat(cfg.load(recipe, stage, self.overrides)) for stage in cfg.STAGES}
         names = [row["name"] for row in self.table["rows"]]
         if unknown := set(rows) - set(names):
             raise UserError(f"--rows: table {table} has no row {min(unknown)!r} but {', '.join(names)}")
@@ -72,18 +79,17 @@ class Study:
         if length := row.get("stage1_length"):
             train = cfg.load(self.recipe, "stage1", self.overrides).train
             first |= {"train.steps": math.ceil(train.steps * length)} if train.steps else {"train.epochs": round(train.epochs * length, 2)}
-        return Run(stage, self._changes(stage, every | row.get("own", {})), seed, Run("stage1", self._changes("stage1", first), seed))
+        stage1 = Run("stage1", self._changes("stage1", first), seed)
+        return Run(stage, self._changes(stage, every | row.get("own", {})), seed, stage1, row.get("cached", self.table.get("cached", False)))
 
     def _changes(self, stage: str, fields: dict) -> tuple[tuple[str, object], ...]:
         """Those of the fields that the recipe does not have like this already."""
-        sections = {f"={name}": cfg.flat(cfg.load(self.recipe, name, self.overrides)) for name in cfg.STAGES}
         for name, value in fields.items():
             section, _, field = str(value).partition(".")
-            if section in sections:
-                fields = fields | {name: sections[section][field]}
-        usual = cfg.flat(cfg.load(self.recipe, stage, self.overrides))
+            if section[:1] == "=" and section[1:] in cfg.STAGES:
+                fields = fields | {name: self.usual[section[1:]][field]}
         found = cfg.flat(cfg.load(self.recipe, stage, self.overrides | fields))
-        return tuple(sorted((name, found[name]) for name in fields if found[name] != usual[name]))
+        return tuple(sorted((name, found[name]) for name in fields if found[name] != self.usual[stage][name]))
 
     def config(self, run: Run) -> Config:
         return cfg.load(self.recipe, run.stage, self.overrides | dict(run.changes) | {"seed": run.seed})
@@ -99,8 +105,21 @@ class Study:
             return None
 
     def seconds(self, run: Run) -> float:
-        """How long its training took."""
-        return json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+        """How long its training took, and where it reads features, writing these (of an interrupted writing only what was left of it)."""
+        seconds = json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+        return seconds + (json.loads(self._cache(run).with_suffix(".json").read_text()) if run.cached else 0)
+
+    def _cache(self, run: Run) -> Path:
+        """The features of its stage 1; beside them, as features.json, the seconds it took to write them."""
+        return self.folder(run.stage1) / "features"
+
+    def _write_cache(self, run: Run, ranks) -> None:
+        from flallm.features import features
+
+        began, cache = time.monotonic(), self._cache(run)
+        features(self.folder(run.stage1), cache, ranks, "bf16", 0)
+        if ranks.first and not cache.with_suffix(".json").exists():
+            cache.with_suffix(".json").write_text(json.dumps(time.monotonic() - began))
 
     @cached_property
     def steps(self) -> dict[Run, int]:
@@ -154,6 +173,9 @@ class Study:
             return check_same(cfg.flat(theirs), config, folder)
         if ranks.first:
             print(f"\n== {run.name}", flush=True)
+        if run.cached:
+            self._write_cache(run, ranks)
+            config = replace(config, data=replace(config.data, shards=str(self._cache(run))))
         train(config, folder, ranks, self.folder(run.stage1) if run.stage1 else None)
         evaluate(folder, SPLIT, ranks)
 

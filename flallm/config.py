@@ -26,7 +26,7 @@ CHOICES = {
     "train.optimizer": ("sgd", "adamw"),
     "train.precision": ("bf16", "fp32"),
     "train.frozen": ("nothing", "backbone", "encoder", None),
-    "llm.input": ("signs", "frames", "light_t"),
+    "llm.input": ("signs", "frames", "light_t", "words"),
 }
 PLACE = "{video}"  # where the features stand in a prompt
 
@@ -85,7 +85,9 @@ class LLM:
     lora: LoRA = field(default_factory=LoRA)
     train_embeddings: bool | None = None  # those of words, and the head; none: as the other weights, with LoRA not
     gradient_checkpointing: bool = False  # a layer's activations are computed again in the backward pass: memory for time
-    input: str = "signs"  # what it reads in stage 2: signs (sign-wise features) | frames (the backbone's) | light_t (hidden states of Light-T's encoder)
+    # What it reads in stage 2: signs (sign-wise features) | frames (the backbone's) | light_t (hidden states of Light-T's encoder) | words (of sign-wise
+    # features the words that stage 1's train.word_loss sees in them)
+    input: str = "signs"
     random: bool = False  # the model's shape with random weights in place of the pre-trained ones
 
 
@@ -234,6 +236,8 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         raise UserError(f"train.llm_start: {config.train.llm_start} is no share of the steps from 0 to below 1")
     if config.stage == "joint" and config.llm.input != "signs":
         raise UserError(f"llm.input: {config.llm.input} is for stage 2, joint trains on signs")
+    if config.llm.input == "words" and config.llm.stack > 1:
+        raise UserError(f"llm.stack: {config.llm.stack} features are put together into one, llm.input=words gives each its own words")
     if config.data.crop > config.data.resize:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
     if config.llm.prompt.count(PLACE) != 1:

@@ -175,7 +175,7 @@ def parameter_groups(model: Translator, config: Train) -> list[dict]:
     """One group for each part that trains, with its own learning rate."""
     groups = []
     for part in ("encoder", "adapter", "language"):
-        modules = [getattr(model, part)] + ([model.words] if part == "adapter" and model.word_loss else [])
+        modules = [getattr(model, part)] + ([model.words] if part == "adapter" and hasattr(model, "words") else [])
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if params:
             start = config.llm_start if model.one_pass and part != "encoder" else 0.0

@@ -157,6 +157,14 @@ def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None
     if model.input == "light_t":
         checkpoint.load(stage1, model.light_t.adapter, "adapter.")
         checkpoint.load(stage1, model.light_t.encoder, "language.model.encoder.")
+    if model.input == "words":
+        if not theirs.train.word_loss:
+            raise UserError(f"llm.input: words are those of a stage 1 with train.word_loss, {stage1} has none")
+        if Text(replace(theirs.llm, path=str(stage1 / "llm"))).tokenizer.get_vocab() != model.text.tokenizer.get_vocab():
+            raise UserError(
+                f"llm.input: {stage1} knows the words of {theirs.llm.path}, not those of {config.llm.path}: train a stage 1 with --llm.path={config.llm.path}"
+            )
+        checkpoint.load(stage1, model.words, "words.")
 
 
 def schedule(config: Train, step: int, total: int, start: float = 0.0) -> float:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from flallm import ablate, checkpoint, engine
+from flallm import UserError, ablate, checkpoint, engine
 from flallm import config as cfg
 from flallm.ablate import TABLES, Study
 from flallm.loader import Clips
 from flallm.model.translator import Translator
 from flallm.text import Text
+from flallm.train import take_encoder
 
 T5 = {"llm.path": "google/mt5-base", "llm.language": None}
 ONE_PASS = {"train.one_pass": True, "train.batch": 8, "train.lr_encoder": 1e-2}  # all else is alike in the recipe's sections
@@ -65,11 +68,16 @@ DIFFERENCES = {
     },
     "onepass": {
         "stage 1 then stage 2": ("stage2", {}, {}),
+        "stage 1 then stage 2 from cached features": ("stage2", {}, {}),
         "one pass": ("joint", ONE_PASS, None),
         "one pass with the LLM from a third of it on": ("joint", {**ONE_PASS, "train.llm_start": 0.3333}, None),
     },
     "stack": {"none": ("stage2", {}, {}), "two": ("stage2", {"llm.stack": 2}, {}), "four": ("stage2", {"llm.stack": 4}, {})},
     "lora": {"all weights": ("stage2", {}, {}), "LoRA of rank 16": ("stage2", {"llm.lora.rank": 16, "train.lr_language": 2e-4}, {})},
+    "words": {
+        "features through the adapter": ("stage2", {}, {}),
+        "words and what the adapter adds": ("stage2", {"llm.input": "words"}, {}),
+    },
     "fig2": {"joint training": ("joint", {}, None), "stage 1": ("stage1", {}, None)},
     "fig4": {
         "1/3": ("stage2", {}, {"train.epochs": 25}),
@@ -104,7 +112,7 @@ def test_the_runs_of_a_table_differ_from_the_recipe_in_exactly_the_stated_fields
 def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):
     runs = {run for table in DIFFERENCES for run in Study("phoenix14t", table, 2, [], {}, tmp_path).runs}
     assert len({run.name for run in runs}) == len(runs)
-    plain = [run for run in runs if not run.changes and not (run.stage1 and run.stage1.changes)]
+    plain = [run for run in runs if not run.cached and not run.changes and not (run.stage1 and run.stage1.changes)]
     assert sorted((run.stage, run.seed) for run in plain) == [(stage, seed) for stage in ("joint", "stage1", "stage2") for seed in (0, 1)]
     for table in DIFFERENCES:
         numbered = Study("phoenix14t", table, 2, [], {}, tmp_path).runs
@@ -154,7 +162,9 @@ def train_all(studies: list[Study]) -> None:
 def done(overrides, tmp_path_factory) -> dict[str, Study]:
     out = tmp_path_factory.mktemp("ablate")
     studies = {table: Study("demo", table, 1, [], overrides, out) for table in ("4", "5", "8", "9", "fig2")}
-    studies["onepass"] = Study("demo", "onepass", 1, ["one pass with the LLM from a third of it on"], overrides, out)
+    rows = ["stage 1 then stage 2 from cached features", "one pass with the LLM from a third of it on"]
+    studies["onepass"] = Study("demo", "onepass", 1, rows, overrides, out)
+    studies["words"] = Study("demo", "words", 1, [], overrides, out)
     engine.launch(train_all, 1, list(studies.values()))
     return studies
 
@@ -199,6 +209,52 @@ def test_hidden_states_of_light_t_are_those_of_the_stage_1_below(done):
     assert len(pairs) > 20 and all(torch.equal(below[a], above[b]) for a, b in pairs.items())
 
 
+def test_a_row_from_cached_features_is_the_stage_2_that_a_user_gets_from_them_and_its_hours_have_their_writing(done):
+    study = done["onepass"]
+    (run,) = study.rows["stage 1 then stage 2 from cached features"]
+    assert run == done["words"].rows["features through the adapter"][0]
+    config = cfg.read_yaml(study.folder(run) / "config.yaml")
+    assert (
+        config["data"]["shards"] == str(study.folder(run.stage1) / "features")
+        and json.loads((study.folder(run.stage1) / "features/dataset.json").read_text())["features"]
+    )
+    video = done["4"].rows["factorised"][0]
+    assert study.folder(video) != study.folder(run) and study.folder(video.stage1) == study.folder(run.stage1)
+    trained = json.loads((study.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    assert study.seconds(run) > trained
+
+
+def test_the_words_that_the_llm_reads_begin_as_those_of_the_stage_1_below(done):
+    study = done["words"]
+    run = study.rows["words and what the adapter adds"][0]
+    config = study.config(run)
+    model = Translator(config, Text(config.llm)).eval()
+    take_encoder(model, config, study.folder(run.stage1))
+    below = load_file(checkpoint.best(study.folder(run.stage1)) / "model.safetensors")
+    batch = Clips("dev", config.data, 0).batch(model.text, [(None, 0), (None, 1)])
+    with torch.no_grad():
+        words = (model.features(batch) @ below["words.weight"].T + below["words.bias"]).softmax(-1)
+        table = model.language.get_input_embeddings().weight[: len(model.text)] * model.scale
+        read = model._read(model.features(batch), batch.lengths)
+    torch.testing.assert_close(read["inputs_embeds"][0, : batch.lengths[0]], (words @ table)[: batch.lengths[0]])
+    above = load_file(checkpoint.best(study.folder(run)) / "model.safetensors")
+    assert above["words.weight"].ne(below["words.weight"]).any() and above["adapter.2.weight"].any()  # both train
+
+
+@pytest.mark.parametrize("word_loss,token,said", [(0.0, [], "words are those of a stage 1 with train.word_loss"), (1.0, ["other"], "knows the words of")])
+def test_words_of_a_stage_1_that_knows_none_or_others_are_refused(done, tmp_path, word_loss, token, said):
+    run = done["words"].rows["words and what the adapter adds"][0]
+    other = tmp_path / "stage1"
+    shutil.copytree(done["words"].folder(run.stage1), other, ignore=shutil.ignore_patterns("features"))
+    (other / "config.yaml").write_text(cfg.dump(cfg.override(done["words"].config(run.stage1), {"train.word_loss": word_loss})))
+    text = Text(replace(done["words"].config(run).llm, path=str(other / "llm")))
+    text.tokenizer.add_tokens(token)
+    text.tokenizer.save_pretrained(other / "llm")
+    config = done["words"].config(run)
+    with pytest.raises(UserError, match=said):
+        take_encoder(Translator(config, Text(config.llm)), config, other)
+
+
 def test_the_table_stands_beside_the_papers_numbers(done):
     text = done["9"].write()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
@@ -235,8 +291,6 @@ def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twic
 
 
 def test_runs_of_another_recipe_in_the_same_folder_are_refused(done, overrides, tmp_path):
-    from flallm import UserError
-
     study = Study("demo", "4", 1, [], {**overrides, "train.batch": 8}, done["4"].out)
     with pytest.raises(UserError, match=r"begun with another recipe: train.batch was 16 and is 8"):
         study.train(study.runs[0], None)

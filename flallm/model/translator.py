@@ -36,7 +36,7 @@ class Translator(nn.Module):
         self.family, self.scale = family(self.language, text), embedding_scale(self.language)
         self.stack, self.prompt = (1, ([], [])) if light else (config.llm.stack, (text.before, text.after))
         self.input = config.llm.input if config.stage == "stage2" else "signs"
-        C = {"signs": config.encoder.channels, "frames": config.encoder.widths[-1], "light_t": config.light_t.width}[self.input]
+        C = {"frames": config.encoder.widths[-1], "light_t": config.light_t.width}.get(self.input, config.encoder.channels)
         if self.input == "light_t":
             self.light_t = HiddenStates(adapter(config.encoder.channels, C), config.light_t, text)
         self.adapter = adapter(C * self.stack, self.language.get_input_embeddings().embedding_dim)
@@ -45,8 +45,11 @@ class Translator(nn.Module):
             self.first = Translator(replace(config, stage="stage1", train=replace(config.train, one_pass=False)), text)
             del self.first.encoder
         self.word_loss = 0 if self.one_pass else config.train.word_loss
-        if self.word_loss:
+        if self.word_loss or self.input == "words":
             self.words = nn.Linear(C, len(text))
+        if self.input == "words":  # nothing but these to begin with
+            nn.init.zeros_(self.adapter[-1].weight)
+            nn.init.zeros_(self.adapter[-1].bias)
         self.encoder.freeze(config.frozen)
         masks = [(TimeMasking, config.train.mask_frames), (FrequencyMasking, config.train.mask_channels)] * 2  # SpecAugment (Park et al. 2019)
         self.masks = [kind(longest) for kind, longest in masks if longest and config.stage == "stage2"]
@@ -77,8 +80,12 @@ class Translator(nn.Module):
         if self.stack > 1:  # a clip's last features may lack neighbours: zeros
             clips = [F.pad(f, (0, 0, 0, -len(f) % self.stack)).view(-1, self.stack * f.shape[1]) for f in features.split(lengths.tolist())]
             features, lengths = torch.cat(clips), torch.tensor([len(f) for f in clips])
+        embed = self.language.get_input_embeddings()
         embeddings = self.adapter(features) * self.scale  # (F, D)
-        before, after = (self.language.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=features.device)) for ids in self.prompt)
+        if self.input == "words":  # which word a frame shows is not certain: the mean of all, as likely as each is
+            every = embed(torch.arange(self.words.out_features, device=features.device))  # (V, D)
+            embeddings = embeddings + self.words(features).softmax(-1).to(every.dtype) @ every
+        before, after = (embed(torch.tensor(ids, dtype=torch.long, device=features.device)) for ids in self.prompt)
         clips = [torch.cat([before, clip, after]) for clip in embeddings.split(lengths.tolist())]
         padded = nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_side=self.family.side)
         mask = nn.utils.rnn.pad_sequence([torch.ones(len(clip), dtype=torch.long) for clip in clips], batch_first=True, padding_side=self.family.side)
