@@ -14,7 +14,6 @@ from flallm.encode import Options
 from flallm.shards import Shards, make_shards
 
 RANKS = 2
-SENTENCES = 20_000  # that the language model reads; none of them is a test sentence of three signs or more
 
 
 def demo(out: Path) -> None:
@@ -55,7 +54,7 @@ def _step(title: str, seconds: dict[str, float]):
 def _pretrain(out: Path) -> None:
     from flallm.pretrain import pretrain
 
-    pretrain([text for _, text in synthetic.sentences("text", SENTENCES)], out / "llm")
+    pretrain([text for _, text in synthetic.sentences("text", synthetic.DEMO.sentences)], out / "llm")
 
 
 def _stages(out: Path) -> None:

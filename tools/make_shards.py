@@ -38,7 +38,7 @@ def synthetic(
     size: str = "72",
     **options: str,
 ) -> cli.Job:
-    """The embedded corpus: sentences of a small grammar, signed by procedural signers. Text for a language model goes into OUT/text.txt where the preset has any.
+    """The embedded corpus: sentences of a small grammar, signed by procedural signers. Text for a language model goes into OUT/text.txt.
 
     Args:
         out: the folder to write into
@@ -66,7 +66,7 @@ def synthetic(
     corpus = {"name": "synthetic", **numbers}
     if turned != synthetic.DEMO:
         corpus |= {"preset": preset, "dials": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(turned).items()}}
-    return _job(lambda: synthetic.clips(**numbers, dials=turned), out, options, corpus, text if turned.sentences else None)
+    return _job(lambda: synthetic.clips(**numbers, dials=turned), out, options, corpus, text)
 
 
 @SetParseFn(str)

@@ -66,7 +66,7 @@ class Dials:
     held_out: float = 0.0  # share of the pairs of a noun with a verb or an adjective that no training clip has; text alone has them
     signers: tuple[int, ...] = (16, 4, 6)  # in train, dev and test
     clips: tuple[int, ...] = (2400, 100, 250)  # likewise
-    sentences: int = 0  # of text alone, for a language model
+    sentences: int = 20_000  # of text alone, for a language model; none of them is a test sentence of three signs or more
 
 
 PRESETS = {
