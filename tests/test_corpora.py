@@ -239,14 +239,14 @@ def test_a_table_with_a_mistake_is_one_clear_line(tmp_path, name, content, messa
     assert "\n" not in str(caught.value)
 
 
-def numbered(path: Path, fps, count: int, x264: str = "keyint=100:bframes=3:scenecut=0", start: int = 0) -> Path:
-    """A video whose frame i shows i as eight bright or dark columns."""
+def numbered(path: Path, fps, count: int, x264: str = "keyint=100:bframes=3:scenecut=0", start: int = 0, first: int = 0) -> Path:
+    """A video whose frame i shows first + i as eight bright or dark columns."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.options = {"preset": "veryfast", "crf": "1", "x264-params": x264}
         for i in range(count):
-            columns = np.repeat([255 * (i >> bit & 1) for bit in range(8)], 8).astype(np.uint8)
+            columns = np.repeat([255 * (first + i >> bit & 1) for bit in range(8)], 8).astype(np.uint8)
             frame = av.VideoFrame.from_ndarray(np.broadcast_to(columns[:, None], (48, 64, 3)).copy(), "rgb24")
             frame.pts, frame.time_base = i + start, 1 / Fraction(fps)
             container.mux(stream.encode(frame))
@@ -482,3 +482,23 @@ def test_how2sign_tool_says_which_times_it_used(tmp_path):
     done = subprocess.run([*tool, f"--precut={tmp_path / 'clips'}", "--processes=1"], capture_output=True, text=True)
     assert "times: original" in done.stdout and "dev: 1 clips, 9 frames" in done.stdout, done.stderr
     assert json.loads((tmp_path / "out/dataset.json").read_text())["corpus"]["times"].startswith("original")
+
+
+def test_isolated_signs_are_joined_into_sentences(tmp_path):
+    (tmp_path / "words").mkdir()
+    first = {name.lower(): 50 * i for i, name in enumerate(("Go", "Thank You", "not"))}
+    for i, name in enumerate(("Go", "Thank You", "not")):
+        numbered(tmp_path / f"words/{name}.mp4", 25, 10 + i, first=50 * i)
+    tool = Path(__file__).parents[1] / "tools/join_words.py"
+    command = [sys.executable, str(tool), str(tmp_path / "words"), f"--out={tmp_path / 'joined'}", "--train=4", "--dev=3", "--test=3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    clips = list(manifest.clips(tmp_path / "joined/clips.tsv", tmp_path / "joined"))
+    assert [clip.split for clip in clips] == ["train"] * 4 + ["dev"] * 3 + ["test"] * 3 and len({clip.text for clip in clips}) > 5
+    for clip in clips:
+        shown, said = numbers(clip.media), clip.text.replace("thank you", "thank_you").split()
+        lengths = {"go": 10, "thank_you": 11, "not": 12}
+        assert shown == [first[word.replace("_", " ")] + i for word in said for i in range(lengths[word])]
+    for option, message in (("--longest=two", "--longest: 'two' is not a whole number"), ("--train=-1", "is not a whole number")):
+        done = subprocess.run([*command, option], capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr

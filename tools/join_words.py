@@ -1,0 +1,95 @@
+"""Sentences of isolated signs, for where these are all there is: `python tools/join_words.py VIDEOS --out DIR`, then `make_shards.py manifest DIR/clips.tsv`.
+
+VIDEOS has a video a word, named by it. A clip is some of these one after another, its text the words. That shows whether signs are seen, and little
+more: there is no grammar, nothing between signs, and a sign looks the same in training and in test.
+"""
+
+import csv
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+from fire.decorators import SetParseFn
+
+from flallm import UserError, cli
+from flallm.corpora import Clip, VideoFile
+from flallm.corpora.synthetic import split_of
+from flallm.encode import Options, encode_all
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Videos one after another, at the first one's frames per second."""
+
+    videos: tuple[VideoFile, ...]
+
+    @property
+    def source(self) -> str:
+        return " + ".join(video.source for video in self.videos)
+
+    def frames(self) -> tuple[Fraction, Iterator[av.VideoFrame]]:
+        fps, first = self.videos[0].frames()
+        return fps, chain(first, (frame for video in self.videos[1:] for frame in video.frames()[1]))
+
+
+def sentences(words: list[str], split: str, count: int, longest: int, seed: int) -> Iterator[tuple[str, ...]]:
+    """Of one to `longest` words that are drawn evenly; those of three and more are in one split alone."""
+    rng = np.random.default_rng([seed, *split.encode()])
+    while count:
+        said = tuple(words[i] for i in rng.integers(len(words), size=rng.integers(1, longest + 1)))
+        if len(said) < 3 or split_of(said) == split:
+            count -= 1
+            yield said
+
+
+@SetParseFn(str)
+def join(
+    videos: str, *, out: str, train: str = "2000", dev: str = "100", test: str = "250", longest: str = "5", seed: str = "0", short_side: str = "256"
+) -> cli.Job:
+    """Writes DIR/<split>/<number>.mp4 and DIR/clips.tsv.
+
+    Args:
+        videos: a folder with one video a word, such as hello.mp4
+        out: the folder to write into
+        train: sentences in train
+        dev: in dev
+        test: in test
+        longest: words of the longest sentence
+        seed: of what is drawn
+        short_side: pixels
+    """
+    numbers = {"train": train, "dev": dev, "test": test, "longest": longest, "seed": seed, "short_side": short_side}
+    if bad := [name for name, value in numbers.items() if not value.isdigit()]:
+        raise UserError(f"--{bad[0]}: {numbers[bad[0]]!r} is not a whole number")
+    files = {path.stem.lower(): VideoFile(str(path)) for path in sorted(Path(videos).glob("*.mp4"))}
+    if not files:
+        raise UserError(f"{videos}: there is no .mp4 in it")
+
+    def work() -> None:
+        said = [(split, one) for split in ("train", "dev", "test") for one in sentences(list(files), split, int(numbers[split]), int(longest), int(seed))]
+        clips = (Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one))) for i, (split, one) in enumerate(said))
+        with open(Path(out) / "clips.tsv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file, "excel-tab")
+            table.writerow(("video", "text", "split"))
+            for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, Options(short_side=int(short_side)), os.cpu_count()))):
+                if isinstance(done, str):
+                    raise UserError(f"{' + '.join(one)}: {done}")
+                path = Path(out) / split / f"{i:06d}.mp4"
+                path.write_bytes(done[0])
+                table.writerow((path.relative_to(out), " ".join(one), split))
+        (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in sentences(list(files), "train", 20_000, int(longest), int(seed) + 1)))
+
+    for split in ("train", "dev", "test"):
+        (Path(out) / split).mkdir(parents=True, exist_ok=True)
+    return cli.Job(work)
+
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "join")
+    sys.exit(cli.run({"join": join}, "join_words.py"))
