@@ -13,6 +13,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+LONGEST = 30  # letters of a word beside a picture; a model that has not learnt to end words says longer ones
+
 
 def table(result: dict, path: Path) -> None:
     """BLEU-4 of each row with its interval, the seeds one by one, and the paper's."""
@@ -50,8 +52,8 @@ def attention(words: list[tuple[str, torch.Tensor]]) -> pyplot.Figure:
     """Where the model looks (time) while it says each word (a row, whose largest weight is black)."""
     rows = torch.stack([weights / weights.max().clamp_min(1e-9) for _, weights in words])
     figure, axes = pyplot.subplots(figsize=(6, 0.6 + 0.25 * len(words)), layout="constrained")
-    axes.imshow(rows, aspect="auto", cmap="gray_r")
-    axes.set_yticks(range(len(words)), [word.replace("$", r"\$") for word, _ in words])
+    axes.imshow(rows.numpy(), aspect="auto", cmap="gray_r")
+    axes.set_yticks(range(len(words)), [word[:LONGEST].replace("$", r"\$") for word, _ in words])
     axes.set_xticks([])
     axes.set_xlabel("time")
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from unicodedata import east_asian_width
 
 from flallm import UserError
 from flallm.config import LLM, PLACE
@@ -60,6 +61,18 @@ class Text:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the end token, without the start token."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
+
+    def words(self, ids: list[int]) -> list[tuple[str, list[int]]]:
+        """The words of an encoded text, each with the places of its tokens; where words have no spaces between them, as in Chinese, what a token adds."""
+        words, said = [], ""
+        for i in range(len(ids) - 1):  # the last one is the end
+            longer = self.decode(ids[: i + 1])
+            piece, said = longer[len(said) :], longer
+            if words and not piece.startswith(" ") and east_asian_width(piece[:1] or " ") not in "WF":
+                words[-1] = (words[-1][0] + piece, [*words[-1][1], i])
+            else:
+                words.append((piece.strip(), [i]))
+        return words
 
     def decode(self, ids) -> str:
         # Not skip_special_tokens: with it the language code can stay glued to the text of mBART's tokenizer.

@@ -1,5 +1,6 @@
 """Stage 2's families of language models: each reads features as it reads words, alone as in a batch."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from flallm.checkpoint import load_model, unique_tensors
 from flallm.loader import IGNORE, Clips
 from flallm.model.llm import load_llm, untie
 from flallm.model.translator import Translator
+from flallm.pretrain import make_tokenizer
 from flallm.text import Text
 
 PROMPTS = {"mbart": "{video}", "mt5": "we {video}", "llama": "we saw {video} and"}
@@ -49,6 +51,20 @@ def test_loss_and_answer_of_a_clip_do_not_depend_on_its_batch(built, kind, stack
     answers = model.translate(together, config.decode)
     assert answers == [model.translate(b, config.decode)[0] for b in alone]
     assert stack > 1 or len(set(answers)) > 1
+
+
+def test_words_are_put_together_from_tokens_and_chinese_ones_stand_alone(folders, tmp_path):
+    text = Text(cfg.LLM(path=str(folders["mbart"])))
+    ids = text.encode("we unsaw peter")
+    words = text.words(ids)
+    assert [word for word, _ in words] == ["we", "unsaw", "peter"] and len(words[1][1]) > 1
+    assert [place for _, places in words for place in places] == list(range(len(ids) - 1))
+    sentences = ["今天天气很好。", "明天下雨。", "我们 DVD 看"]
+    shutil.copytree(folders["mbart"], tmp_path / "zh")
+    make_tokenizer(sentences, 60).save_pretrained(tmp_path / "zh")
+    text = Text(cfg.LLM(path=str(tmp_path / "zh")))
+    assert all("".join(word for word, _ in text.words(text.encode(s))) == s.replace(" ", "") for s in sentences)
+    assert len(text.words(text.encode("今天下雨好。"))) == len(text.encode("今天下雨好。")) - 1 > 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -133,15 +133,7 @@ class Translator(nn.Module):
         weights = self.family.attention(inputs, torch.tensor([ids], device=inputs["attention_mask"].device))[0]  # (L, N)
         self.language.set_attn_implementation(before)
         weights = weights[:, len(self.prompt[0]) : weights.shape[1] - len(self.prompt[1])].float().cpu()
-        words, said = [], ""
-        for i in range(len(ids) - 1):
-            longer = self.text.decode(ids[: i + 1])
-            piece, said = longer[len(said) :], longer
-            if words and not piece.startswith(" "):
-                words[-1] = (words[-1][0] + piece, [*words[-1][1], weights[i]])
-            else:
-                words.append((piece.strip(), [weights[i]]))
-        return [(word, torch.stack(rows).mean(0)) for word, rows in words]
+        return [(word, weights[tokens].mean(0)) for word, tokens in self.text.words(ids)]
 
     @torch.no_grad()
     def translate(self, batch: Batch, decode: Decode) -> list[str]:
