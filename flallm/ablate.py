@@ -32,20 +32,23 @@ SEED = 12345  # of the bootstrap, sacreBLEU's
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. changes: what differs from the recipe, as sorted (field, value) pairs. cached: it reads its stage 1's features, written once."""
+    """One training run, or with stage "features" the writing of those of a stage 1. changes: what differs from the recipe, as sorted (field, value) pairs.
+    features: the run whose features it reads in place of video."""
 
     stage: str
     changes: tuple[tuple[str, object], ...]
     seed: int
     stage1: Run | None = None
-    cached: bool = False
+    features: Run | None = None
 
     @property
     def name(self) -> str:
         """Its folder: `stage2+frozen=backbone-after-stage1+stride=2/seed0`."""
+        if self.stage == "features":
+            return f"{self.stage1.name}/features"
         runs = [self, self.stage1] if self.stage1 else [self]
         words = [
-            "+".join([run.stage, *["cached"] * run.cached, *(f"{field.split('.', 1)[1]}={value}" for field, value in run.changes)])
+            "+".join([run.stage, *["cached"] * bool(run.features), *(f"{field.split('.', 1)[1]}={value}" for field, value in run.changes)])
             for run in runs
             if run is self or run.changes
         ]
@@ -69,7 +72,8 @@ class Study:
         self.rows = {row["name"]: [self._run(row, seed) for seed in self.seeds] for row in self.table["rows"] if not rows or row["name"] in rows}
         # Runs that others build on come first.
         scored = [run for runs in self.rows.values() for run in runs]
-        self.runs = list(dict.fromkeys([run.stage1 for run in scored if run.stage1] + [r for r in scored if not r.stage1] + [r for r in scored if r.stage1]))
+        below = [run.stage1 for run in scored if run.stage1] + [run.features for run in scored if run.features]
+        self.runs = list(dict.fromkeys(below + [run for run in scored if not run.stage1] + [run for run in scored if run.stage1]))
 
     def _run(self, row: dict, seed: int) -> Run:
         stage, every = row.get("stage", "stage2"), row.get("every", {})
@@ -80,7 +84,8 @@ class Study:
             train = cfg.load(self.recipe, "stage1", self.overrides).train
             first |= {"train.steps": math.ceil(train.steps * length)} if train.steps else {"train.epochs": round(train.epochs * length, 2)}
         stage1 = Run("stage1", self._changes("stage1", first), seed)
-        return Run(stage, self._changes(stage, every | row.get("own", {})), seed, stage1, row.get("cached", self.table.get("cached", False)))
+        features = Run("features", (), seed, stage1) if row.get("cached", self.table.get("cached")) else None
+        return Run(stage, self._changes(stage, every | row.get("own", {})), seed, stage1, features)
 
     def _changes(self, stage: str, fields: dict) -> tuple[tuple[str, object], ...]:
         """Those of the fields that the recipe does not have like this already."""
@@ -92,6 +97,8 @@ class Study:
         return tuple(sorted((name, found[name]) for name in fields if found[name] != self.usual[stage][name]))
 
     def config(self, run: Run) -> Config:
+        if run.stage == "features":
+            return self.config(run.stage1)
         return cfg.load(self.recipe, run.stage, self.overrides | dict(run.changes) | {"seed": run.seed})
 
     def folder(self, run: Run) -> Path:
@@ -104,22 +111,14 @@ class Study:
         except (FileNotFoundError, ValueError):  # not there, or cut off
             return None
 
+    def done(self, run: Run) -> bool:
+        return (self.folder(run) / "seconds.txt").exists() if run.stage == "features" else self.scores(run) is not None
+
     def seconds(self, run: Run) -> float:
-        """How long its training took, and where it reads features, writing these (of an interrupted writing only what was left of it)."""
-        seconds = json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-        return seconds + (json.loads(self._cache(run).with_suffix(".json").read_text()) if run.cached else 0)
-
-    def _cache(self, run: Run) -> Path:
-        """The features of its stage 1; beside them, as features.json, the seconds it took to write them."""
-        return self.folder(run.stage1) / "features"
-
-    def _write_cache(self, run: Run, ranks) -> None:
-        from flallm.features import features
-
-        began, cache = time.monotonic(), self._cache(run)
-        features(self.folder(run.stage1), cache, ranks, "bf16", 0)
-        if ranks.first and not cache.with_suffix(".json").exists():
-            cache.with_suffix(".json").write_text(json.dumps(time.monotonic() - began))
+        """How long its training took, or its writing of features, of an interrupted one what was left of it."""
+        if run.stage == "features":
+            return float((self.folder(run) / "seconds.txt").read_text())
+        return json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
     @cached_property
     def steps(self) -> dict[Run, int]:
@@ -127,7 +126,12 @@ class Study:
         from flallm.train import make_plan
 
         configs = {run: self.config(run) for run in self.runs}
-        return {run: c.train.steps or make_plan(c, Clips("train", c.data, c.seed), 1).total(c.train.epochs) for run, c in configs.items()}
+
+        def steps(run: Run, c: Config) -> int:
+            clips = Clips("train", c.data, c.seed)
+            return len(clips.shards) if run.stage == "features" else c.train.steps or make_plan(c, clips, 1).total(c.train.epochs)
+
+        return {run: steps(run, config) for run, config in configs.items()}
 
     def check(self, runs: list[Run]) -> None:
         """Raises UserError where shards or a language model are missing, which would else be noticed once a run begins."""
@@ -141,13 +145,14 @@ class Study:
 
     def plan(self) -> str:
         """The runs, what is done of them, and the hours: of what is to be done, from the seconds a step took in finished runs of the same stage."""
-        done = {run: self.seconds(run) / 3600 for run in self.runs if self.scores(run)}
+        done = {run: self.seconds(run) / 3600 for run in self.runs if self.done(run)}
         pace = {stage: np.mean([done[run] / self.steps[run] for run in done if run.stage == stage]) for stage in {run.stage for run in done}}
         left = {run: self.steps[run] * pace[run.stage] if run.stage in pace else None for run in self.runs if run not in done}
         lines = [f"{self.title}: {len(self.runs)} runs, {len(done)} of them done, on {self.recipe}"]
         for number, run in enumerate(self.runs):
             hours = f"{done[run]:8.2f} h" if run in done else f"{left[run]:7.2f} h" if left[run] is not None else f"{'?':>7} h"
-            lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} steps {hours:>10}   {run.name}")
+            unit = "clips" if run.stage == "features" else "steps"
+            lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} {unit} {hours:>10}   {run.name}")
         known = [hours for hours in left.values() if hours is not None]
         if left:
             lines.append(f"left: {sum(known):.2f} h" + f" and {len(left) - len(known)} runs of stages that none is done of" * (len(known) < len(left)))
@@ -165,17 +170,26 @@ class Study:
     def train(self, run: Run, ranks) -> None:
         """Trains and scores a run on the ranks there are, unless that is done."""
         from flallm.evaluate import evaluate
+        from flallm.features import features
         from flallm.train import check_same, train
 
         folder, config = self.folder(run), self.config(run)
-        if self.scores(run):
+        if self.done(run):
+            if run.stage == "features":
+                return
             theirs = cfg.from_dict(Config, cfg.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-            return check_same(cfg.flat(theirs), config, folder)
+            check_same(cfg.flat(theirs), config, folder)
+            return
         if ranks.first:
             print(f"\n== {run.name}", flush=True)
-        if run.cached:
-            self._write_cache(run, ranks)
-            config = replace(config, data=replace(config.data, shards=str(self._cache(run))))
+        if run.stage == "features":
+            began = time.monotonic()
+            features(self.folder(run.stage1), folder, ranks, "bf16", 0)
+            if ranks.first:
+                (folder / "seconds.txt").write_text(f"{time.monotonic() - began:.1f}")
+            return
+        if run.features:
+            config = replace(config, data=replace(config.data, shards=str(self.folder(run.features))))
         train(config, folder, ranks, self.folder(run.stage1) if run.stage1 else None)
         evaluate(folder, SPLIT, ranks)
 
@@ -195,7 +209,7 @@ class Study:
             found[name] = {score: spread([s[convention][score]["value"] for s in scores]) for score in ("bleu4", "rouge_l")}
             found[name]["bleu4"]["ci95"] = np.percentile(resampled[name], [2.5, 97.5]).round(2).tolist()
             found[name]["swapped_bleu4"] = spread([s["swapped_bleu4"] for s in scores])
-            found[name]["hours"] = float(np.mean([self.seconds(run) + (self.seconds(run.stage1) if run.stage1 else 0) for run in runs])) / 3600
+            found[name]["hours"] = float(np.mean([sum(self.seconds(r) for r in (run, run.stage1, run.features) if r) for run in runs])) / 3600
             found[name]["paper"] = rows[name].get("paper", {})
             if name != choice and choice in done:
                 if said[name][0][1:] != said[choice][0][1:]:
@@ -232,7 +246,7 @@ class Study:
 def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]) -> None:
     """Prints the plan, does what is to be done of it and writes the table."""
     print(study.plan(), flush=True)
-    left = [run for run in study.runs if not study.scores(run)]
+    left = [run for run in study.runs if not study.done(run)]
     if where == "slurm" and left:
         return submit(study, left, shlex.split(sbatch), command)
     if where == "here":
@@ -264,12 +278,13 @@ def _train(study: Study, run: Run) -> None:
 
 
 def submit(study: Study, left: list[Run], options: list[str], command: list[str]) -> None:
-    """Two arrays of jobs: the runs that need no other, then those on top of them. A job is one run."""
+    """Arrays of jobs, each once those before it are done: the runs that need no other, features of these, and the runs on top of them. A job is one run."""
     script = Path(__file__).parents[1] / "slurm/ablate.sh"
     if not script.is_file():
         raise UserError(f"--where=slurm: {script} is not there: run flallm from a checkout of its repository")
     after: list[str] = []
-    for wave in ([r for r in left if not r.stage1], [r for r in left if r.stage1]):
+    waves = [r for r in left if not r.stage1], [r for r in left if r.stage == "features"], [r for r in left if r.stage1 and r.stage != "features"]
+    for wave in waves:
         if wave:
             numbers = ",".join(str(study.runs.index(run)) for run in wave)
             done = subprocess.run(["sbatch", "--parsable", *options, *after, f"--array={numbers}", script, *command], capture_output=True, text=True)

@@ -11,7 +11,7 @@
 #
 #   flallm ablate phoenix14t --table=4 --seeds=3 --out=/path/to/ablate --where=slurm --sbatch="--partition=…"
 #
-# submits this script as arrays of jobs: those that need no other run, then those on top of a stage 1.
+# submits this script as arrays of jobs: those that need no other run, then the features of a stage 1 that a table reads, then those on top of it.
 set -euo pipefail
 # This script's own path: what runs is a copy. An array's tasks answer all, with the same.
 slurm=$(scontrol show job "$SLURM_JOB_ID" | awk '$1 ~ /^Command=/ && !seen++ { sub("Command=", "", $1); print $1 }')

@@ -112,11 +112,11 @@ def test_the_runs_of_a_table_differ_from_the_recipe_in_exactly_the_stated_fields
 def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):
     runs = {run for table in DIFFERENCES for run in Study("phoenix14t", table, 2, [], {}, tmp_path).runs}
     assert len({run.name for run in runs}) == len(runs)
-    plain = [run for run in runs if not run.cached and not run.changes and not (run.stage1 and run.stage1.changes)]
+    plain = [run for run in runs if not run.features and run.stage != "features" and not run.changes and not (run.stage1 and run.stage1.changes)]
     assert sorted((run.stage, run.seed) for run in plain) == [(stage, seed) for stage in ("joint", "stage1", "stage2") for seed in (0, 1)]
     for table in DIFFERENCES:
         numbered = Study("phoenix14t", table, 2, [], {}, tmp_path).runs
-        assert all(numbered.index(run.stage1) < numbered.index(run) for run in numbered if run.stage1)
+        assert all(numbered.index(below) < numbered.index(run) for run in numbered for below in (run.stage1, run.features) if below)
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +220,8 @@ def test_a_row_from_cached_features_is_the_stage_2_that_a_user_gets_from_them_an
     )
     video = done["4"].rows["factorised"][0]
     assert study.folder(video) != study.folder(run) and study.folder(video.stage1) == study.folder(run.stage1)
-    trained = json.loads((study.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    assert study.seconds(run) > trained
+    hours = study.result()["rows"]["stage 1 then stage 2 from cached features"]["hours"]
+    assert study.seconds(run.features) > 0 and hours == pytest.approx(sum(map(study.seconds, [*study.runs[:2], run])) / 3600) and study.runs[1] == run.features
 
 
 def test_the_words_that_the_llm_reads_begin_as_those_of_the_stage_1_below(done):

@@ -116,8 +116,8 @@ def test_a_table_as_arrays_of_jobs(cluster, recipe, tmp_path):
         "flallm",
         "ablate",
         recipe,
-        "--table=4",
-        "--rows=factorised",
+        "--table=words",
+        "--rows=features through the adapter",
         f"--out={tmp_path}/out",
         "--train.steps=2",
         "--train.dev_every=2",
@@ -125,9 +125,9 @@ def test_a_table_as_arrays_of_jobs(cluster, recipe, tmp_path):
     options = f"{' '.join(ONE_CPU)} --chdir={tmp_path} --output={tmp_path}/%A_%a.log"
     done = subprocess.run([*command, "--where=slurm", f"--sbatch={options}"], env=cluster.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first, second = (line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job "))
-    assert cluster.wait_for_job(second)["JobState"] == "COMPLETED", [p.read_text() for p in tmp_path.glob("*.log")]
-    assert cluster.job(first)["JobState"] == "COMPLETED"
+    stage1, features, stage2 = (line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job "))
+    assert cluster.wait_for_job(stage2)["JobState"] == "COMPLETED", [p.read_text() for p in tmp_path.glob("*.log")]
+    assert cluster.job(stage1)["JobState"] == cluster.job(features)["JobState"] == "COMPLETED"
     done = subprocess.run([*command, "--where=nowhere"], env=cluster.env, capture_output=True, text=True)
-    assert "2 runs, 2 of them done" in done.stdout and "| factorised | " in done.stdout, done.stderr
-    assert (tmp_path / "out/table-4.json").exists()
+    assert "3 runs, 3 of them done" in done.stdout and "| features through the adapter | " in done.stdout, done.stderr
+    assert (tmp_path / "out/table-words.json").exists()
