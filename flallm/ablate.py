@@ -125,13 +125,9 @@ class Study:
         from flallm.loader import Clips
         from flallm.train import make_plan
 
-        configs = {run: self.config(run) for run in self.runs}
-
-        def steps(run: Run, c: Config) -> int:
-            clips = Clips("train", c.data, c.seed)
-            return len(clips.shards) if run.stage == "features" else c.train.steps or make_plan(c, clips, 1).total(c.train.epochs)
-
-        return {run: steps(run, config) for run, config in configs.items()}
+        configs = {run: self.config(run) for run in self.runs if run.stage != "features"}
+        steps = {run: c.train.steps or make_plan(c, Clips("train", c.data, c.seed), 1).total(c.train.epochs) for run, c in configs.items()}
+        return {run: steps.get(run, 1) for run in self.runs}  # features: one pass
 
     def check(self, runs: list[Run]) -> None:
         """Raises UserError where shards or a language model are missing, which would else be noticed once a run begins."""
@@ -151,7 +147,7 @@ class Study:
         lines = [f"{self.title}: {len(self.runs)} runs, {len(done)} of them done, on {self.recipe}"]
         for number, run in enumerate(self.runs):
             hours = f"{done[run]:8.2f} h" if run in done else f"{left[run]:7.2f} h" if left[run] is not None else f"{'?':>7} h"
-            unit = "clips" if run.stage == "features" else "steps"
+            unit = "pass " if run.stage == "features" else "steps"
             lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} {unit} {hours:>10}   {run.name}")
         known = [hours for hours in left.values() if hours is not None]
         if left:
@@ -174,9 +170,9 @@ class Study:
         from flallm.train import check_same, train
 
         folder, config = self.folder(run), self.config(run)
+        if self.done(run) and run.stage == "features":
+            return
         if self.done(run):
-            if run.stage == "features":
-                return
             theirs = cfg.from_dict(Config, cfg.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
             check_same(cfg.flat(theirs), config, folder)
             return

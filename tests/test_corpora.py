@@ -499,6 +499,10 @@ def test_isolated_signs_are_joined_into_sentences(tmp_path):
         shown, said = numbers(clip.media), clip.text.replace("thank you", "thank_you").split()
         lengths = {"go": 10, "thank_you": 11, "not": 12}
         assert shown == [first[word.replace("_", " ")] + i for word in said for i in range(lengths[word])]
-    for option, message in (("--longest=two", "--longest: 'two' is not a whole number"), ("--train=-1", "is not a whole number")):
+    for option, message in (
+        ("--longest=two", "--longest: 'two' is not a whole number"),
+        ("--train=-1", "is not a whole number"),
+        ("--longest=0", "at least one word"),
+    ):
         done = subprocess.run([*command, option], capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr

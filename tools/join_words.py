@@ -67,6 +67,8 @@ def join(
     numbers = {"train": train, "dev": dev, "test": test, "longest": longest, "seed": seed, "short_side": short_side}
     if bad := [name for name, value in numbers.items() if not value.isdigit()]:
         raise UserError(f"--{bad[0]}: {numbers[bad[0]]!r} is not a whole number")
+    if not int(longest):
+        raise UserError("--longest: a sentence has at least one word")
     files = {path.stem.lower(): VideoFile(str(path)) for path in sorted(Path(videos).glob("*.mp4"))}
     if not files:
         raise UserError(f"{videos}: there is no .mp4 in it")
@@ -74,15 +76,15 @@ def join(
     def work() -> None:
         said = [(split, one) for split in ("train", "dev", "test") for one in sentences(list(files), split, int(numbers[split]), int(longest), int(seed))]
         clips = (Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one))) for i, (split, one) in enumerate(said))
-        with open(Path(out) / "clips.tsv", "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, "excel-tab")
-            table.writerow(("video", "text", "split"))
-            for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, Options(short_side=int(short_side)), os.cpu_count()))):
-                if isinstance(done, str):
-                    raise UserError(f"{' + '.join(one)}: {done}")
-                path = Path(out) / split / f"{i:06d}.mp4"
-                path.write_bytes(done[0])
-                table.writerow((path.relative_to(out), " ".join(one), split))
+        rows = [("video", "text", "split")]
+        for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, Options(short_side=int(short_side)), os.cpu_count()))):
+            if isinstance(done, str):
+                raise UserError(f"{' + '.join(one)}: {done}")
+            path = Path(out) / split / f"{i:06d}.mp4"
+            path.write_bytes(done[0])
+            rows.append((path.relative_to(out), " ".join(one), split))
+        with open(Path(out) / "clips.tsv", "w", newline="", encoding="utf-8") as file:  # once there is all that it names
+            csv.writer(file, "excel-tab").writerows(rows)
         (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in sentences(list(files), "train", 20_000, int(longest), int(seed) + 1)))
 
     for split in ("train", "dev", "test"):
