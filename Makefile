@@ -13,10 +13,12 @@ demo: install
 	.venv/bin/flallm demo
 
 paper: install
-	test -d flallm-demo/llm || { \
-		.venv/bin/python tools/make_shards.py synthetic --out=flallm-demo/shards --short_side=72 --per_shard=250 && \
-		.venv/bin/python tools/make_llm.py flallm-demo/shards/text.txt --out=flallm-demo/llm; }
-	for table in 4 9 fig2; do .venv/bin/flallm ablate demo --table=$$table --ranks=2 --out=flallm-paper || exit 1; done
+	test -d flallm-paper/llm || { \
+		.venv/bin/python tools/make_shards.py synthetic --out=flallm-paper/shards --short_side=72 --per_shard=250 && \
+		.venv/bin/python tools/make_llm.py flallm-paper/shards/text.txt --out=flallm-paper/llm; }
+	for table in 4 9 fig2; do \
+		.venv/bin/flallm ablate demo --table=$$table --ranks=2 --out=flallm-paper --data.shards=flallm-paper/shards --llm.path=flallm-paper/llm || exit 1; \
+	done
 	cd flallm-paper && cat table-4.md table-9.md fig2.md > README.md
 
 lint: install
