@@ -1,5 +1,6 @@
 """What `flallm plan` says, against what a model is and does."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -51,6 +52,26 @@ def test_with_lora_only_the_updates_have_states():
     text, config = cost._text(recipe("stage2", **{"llm.path": "meta-llama/Llama-2-7b-hf", "llm.lora.rank": 16, "llm.lora.targets": ["q_proj", "v_proj"]}))
     step = cost.dry_step(config, text, [20], 8, features=True)
     assert step.parts["language"] == (32 * 2 * 2 * 16 * 4096, 6_738_415_616)  # 32 layers, two matrices of 4096 x 4096; LLaMA 2 as published
+
+
+def test_with_checkpointing_one_layer_is_alive_at_a_time(tmp_path):
+    most = {}
+    for layers in (4, 16):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        shape = {
+            "model_type": "llama",
+            "vocab_size": 1000,
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_attention_heads": 16,
+            "num_hidden_layers": layers,
+        }
+        (folder / "config.json").write_text(json.dumps(shape))
+        config = recipe("stage2", **{"llm.path": str(folder), "llm.lora.rank": 16, "llm.gradient_checkpointing": True})
+        most[layers] = cost.dry_step(config, cost.Words(1000), [20, 12], 8, features=True, kind="cuda").activations
+    # What a layer keeps is its input: 2 clips of 38 positions. Its weights in bf16, 25 MB, are not kept.
+    assert most[16] - most[4] < 12 * 2 * 38 * 1024 * 4 * 2 < 12 * 25e6 / 10
 
 
 def test_zero_shares_states_out_and_the_run_is_the_same_run():

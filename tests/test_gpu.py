@@ -41,7 +41,8 @@ def runs(shards, llm, tmp_path_factory):
         for precision in ("fp32", "bf16")
     ))  # fmt: skip
     stage2 = ["stage2", "demo", f"--stage1={out}/gpu-bf16", "--train.precision=bf16", *options]
-    flallm(([*stage2, f"--run_dir={out}/stage2"], VISIBLE))
+    zero3 = f"--train.deepspeed={Path(__file__).parents[1]}/ds_configs/zero3.json"
+    flallm(([*stage2, f"--run_dir={out}/stage2"], VISIBLE), ([*stage2, f"--run_dir={out}/stage2-zero3", zero3], VISIBLE))
     for run in ("gpu-bf16", "stage2"):
         shutil.copytree(out / run, out / f"{run}-again")
         shutil.rmtree(out / f"{run}-again/checkpoints/step-12")
@@ -64,6 +65,10 @@ def test_losses_are_those_of_the_cpu(runs, precision, tolerance):
 @pytest.mark.parametrize("run", ["gpu-bf16", "stage2"])
 def test_a_run_goes_on_as_it_would_have(runs, run):
     assert losses(runs / f"{run}-again") == pytest.approx(losses(runs / run), rel=1e-3)
+
+
+def test_zero3_has_the_losses_of_zero2(runs):
+    assert losses(runs / "stage2-zero3") == pytest.approx(losses(runs / "stage2"), rel=3e-2)
 
 
 def test_a_run_made_on_a_gpu_translates_on_either(runs):

@@ -1,9 +1,9 @@
 """What a GPU makes of the paper's sizes: one JSON object a line, with the card's name.
 
-    python tools/bench_gpu.py [ceiling | steps | profile | pipeline …]
+    python tools/bench_gpu.py [ceiling | steps | profile | pipeline | CASE …]
 
 `steps` are training steps of each stage on made-up clips as long as PHOENIX-2014-T's, each in a process of its own: their time, the
-share of the card's bf16 peak (MFU), and the peak memory beside what `flallm plan` computes. `pipeline` runs the commands themselves on
+share of the card's bf16 peak (MFU), and the peak memory beside what `flallm plan` computes; a CASE is one of them. `pipeline` runs the commands themselves on
 rendered signers of 256 pixels, so that decoding takes part.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,6 +40,7 @@ CASES = {
     "stage2_features_16": ("stage2", 16, True, {}),
     "joint_16": ("joint", 16, False, {}),
     "llama7b_lora_8": ("stage2", 8, True, {"llm.path": "meta-llama/Llama-2-7b-hf", "llm.lora.rank": 16, "llm.gradient_checkpointing": True}),
+    "stage2_features_16_zero3": ("stage2", 16, True, {"train.deepspeed": str(Path(__file__).parents[1] / "ds_configs/zero3.json")}),
     "stage2_features_64": ("stage2", 64, True, {}),
     "stage2_16": ("stage2", 16, False, {}),
     "stage2_trimmed_64": ("stage2", 64, True, {"vocab_size": 2500}),
@@ -55,6 +57,12 @@ def card() -> cost.Device:
 
 def ceiling(out: Path) -> None:
     """The largest rate of a bf16 product of 8192 x 8192 matrices."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # this process takes no memory of the card that steps would be charged for
+        figure("gemm", 2 * 8192**3 / pool.apply(product) / 1e12, "TFLOP/s", peak=card().tflops)
+
+
+def product() -> float:
+    """Median seconds."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(20):
@@ -63,7 +71,7 @@ def ceiling(out: Path) -> None:
         a @ b
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    figure("gemm", 2 * 8192**3 / statistics.median(seconds) / 1e12, "TFLOP/s", peak=card().tflops)
+    return statistics.median(seconds)
 
 
 def case(name: str, out: Path) -> tuple[cfg.Config, cost.Words, list[int], bool]:
@@ -77,8 +85,8 @@ def case(name: str, out: Path) -> tuple[cfg.Config, cost.Words, list[int], bool]
     return config, cost.Words(shape["vocab_size"]), used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(), features
 
 
-def steps(out: Path) -> None:
-    for name in CASES:
+def steps(out: Path, names: Iterable[str] = CASES) -> None:
+    for name in names:
         config, text, lengths, features = case(name, out)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             there = pool.apply_async(measured, (config, text, lengths, features, not name.endswith("_any_order")))
@@ -180,11 +188,11 @@ def train(stage: str, folder: Path, *options: str) -> dict:
 FIGURES = {f.__name__: f for f in (ceiling, steps, profile, pipeline)}
 
 if __name__ == "__main__":
-    if unknown := set(sys.argv[1:]) - FIGURES.keys():
-        sys.exit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+    if unknown := set(sys.argv[1:]) - FIGURES.keys() - CASES.keys():
+        sys.exit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join((*FIGURES, *CASES))}")
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here")
     with tempfile.TemporaryDirectory() as folder:
         for name in sys.argv[1:] or FIGURES:
             (Path(folder) / "profile").mkdir(exist_ok=True)
-            FIGURES[name](Path(folder))
+            FIGURES[name](Path(folder)) if name in FIGURES else steps(Path(folder), [name])
