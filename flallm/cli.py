@@ -23,6 +23,13 @@ class Job:
         self._work = work
 
 
+def whole(option: str, value: str, least: int = 0) -> int:
+    """The whole number that an option was given."""
+    if not value.isdecimal() or int(value) < least:
+        raise UserError(f"--{option}: {value!r} is not a whole number" + f" from {least} on" * bool(least))
+    return int(value)
+
+
 @SetParseFn(str)
 def demo(*, out: str = "flallm-demo") -> Job:
     """The whole job on an embedded corpus: shards, stage 1, stage 2, scores and a translated clip, in some ten minutes on two cores.
@@ -117,14 +124,13 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
     """
     if dtype not in ("bf16", "fp16", "fp32"):
         raise UserError(f"--dtype: {dtype!r} is none of bf16, fp16, fp32")
-    if not copies.isdecimal():
-        raise UserError(f"--copies: {copies!r} is not a whole number")
+    number = whole("copies", copies)
 
     def work() -> None:
         from flallm.features import features
 
         with _ranks() as ranks:
-            features(Path(run), Path(out), ranks, dtype, int(copies))
+            features(Path(run), Path(out), ranks, dtype, number)
 
     return Job(work)
 
@@ -140,9 +146,8 @@ def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str 
         text: a file with other text of the language, a sentence a line …
         most: … of which so many of the most frequent tokens are kept as well, for words that training lacks
     """
-    if not most.isdecimal():
-        raise UserError(f"--most: {most!r} is not a whole number")
-    if bool(text) != bool(int(most)):
+    number = whole("most", most)
+    if bool(text) != bool(number):
         raise UserError("--text and --most belong together: a file, and how many of its tokens to keep")
     if text and not Path(text).is_file():
         raise UserError(f"--text: {text} does not exist")
@@ -150,7 +155,7 @@ def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str 
     def work() -> None:
         from flallm.trim import trim
 
-        print(trim(llm, shards, Path(out), Path(text) if text else None, int(most)))
+        print(trim(llm, shards, Path(out), Path(text) if text else None, number))
 
     return Job(work)
 
@@ -167,8 +172,7 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
         clips_per_s: of the whole job, where they were measured, in place of a computed step; needs --stage
         overrides: fields of the recipe, as in --train.batch=64
     """
-    if not world_size.isdecimal() or int(world_size) < 1:
-        raise UserError(f"--world_size: {world_size!r} is not a number of ranks")
+    ranks = whole("world_size", world_size, 1)
     if clips_per_s and not stage:
         raise UserError("--clips_per_s belongs to one stage: name it with --stage")
     stages = [stage] if stage else ["stage1", "stage2"]
@@ -179,13 +183,13 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
     def work() -> int:
         from flallm import cost
 
-        devices = cost.DEVICES | {"cpu": cost.here(int(world_size))}
+        devices = cost.DEVICES | {"cpu": cost.here(ranks)}
         if gpu not in devices:
             raise UserError(f"--gpu: {gpu!r} is none of {', '.join(devices)}")
         code, device = 0, devices[gpu]
         for one in resolved:
-            figures = cost.cost(one, int(world_size), device, float(clips_per_s) if clips_per_s else None)
-            print(f"{one.name or recipe} {one.stage} on {world_size} x {device.name}\n{cost.show(figures)}\n")
+            figures = cost.cost(one, ranks, device, float(clips_per_s) if clips_per_s else None)
+            print(f"{one.name or recipe} {one.stage} on {ranks} x {device.name}\n{cost.show(figures)}\n")
             if too_much := cost.advice(figures, device):
                 print(f"{one.stage} {too_much}\n")
                 code = 1
@@ -292,13 +296,12 @@ def report(run: str, *, split: str = "test", clips: str = "24") -> Job:
         split: train, dev or test
         clips: how many sentences come with their clip, evenly spread from the best to the worst
     """
-    if not clips.isdecimal():
-        raise UserError(f"--clips: {clips!r} is not a whole number")
+    number = whole("clips", clips)
 
     def work() -> None:
         from flallm.report import report
 
-        print(report(Path(run), split, int(clips)))
+        print(report(Path(run), split, number))
 
     return Job(work)
 
@@ -335,18 +338,17 @@ def ablate(
 
     if where not in ("here", "slurm", "nowhere"):
         raise UserError(f"--where: {where!r} is none of here, slurm, nowhere")
-    for name, value in (("seeds", seeds), ("ranks", ranks), ("run", run or "0")):
-        if not value.isdecimal() or (name != "run" and value == "0"):
-            raise UserError(f"--{name}: {value!r} is not a whole number")
-    study = Study(recipe, table, int(seeds), [row.strip() for row in rows.split(",") if row.strip()], overrides, Path(out))
+    world_size = whole("ranks", ranks, 1)
+    study = Study(recipe, table, whole("seeds", seeds, 1), [row.strip() for row in rows.split(",") if row.strip()], overrides, Path(out))
     if run is None:
         options = {"table": table, "seeds": seeds, "rows": rows, "out": out} | overrides
-        return Job(lambda: ablate(study, where, int(ranks), sbatch, [recipe, *(f"--{name}={value}" for name, value in options.items())]))
-    if int(run) >= len(study.runs):
+        return Job(lambda: ablate(study, where, world_size, sbatch, [recipe, *(f"--{name}={value}" for name, value in options.items())]))
+    number = whole("run", run)
+    if number >= len(study.runs):
         raise UserError(f"--run: the plan has runs 0 to {len(study.runs) - 1}")
 
     def work() -> None:
-        chosen = study.runs[int(run)]
+        chosen = study.runs[number]
         with _ranks(study.config(chosen).train.timeout) as group:
             study.train(chosen, group)
 

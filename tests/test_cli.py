@@ -62,6 +62,8 @@ def test_names_and_options_are_frozen():
         (["stage2", "demo"], "stage1"),
         (["evaluate", "."], "is no run folder"),
         (["features", ".", "--out=f", "--dtype=int8"], "none of bf16, fp16, fp32"),
+        (["features", ".", "--out=f", "--copies=²"], "--copies: '²' is not a whole number"),
+        (["ablate", "demo", "--table=4", "--seeds=0"], "--seeds: '0' is not a whole number from 1 on"),
         (["score", "bad.yaml"], "bad.yaml holds no references"),
         (["score", "bad.yaml", "bad.yaml", "--convention=14a"], "no convention '14a', but raw, 13a"),
         (["compare", ".", "."], "has no config.yaml"),

@@ -64,20 +64,20 @@ def join(
         seed: of what is drawn
         short_side: pixels
     """
-    numbers = {"train": train, "dev": dev, "test": test, "longest": longest, "seed": seed, "short_side": short_side}
-    if bad := [name for name, value in numbers.items() if not value.isdigit()]:
-        raise UserError(f"--{bad[0]}: {numbers[bad[0]]!r} is not a whole number")
-    if not int(longest):
+    given = {"train": train, "dev": dev, "test": test, "longest": longest, "seed": seed, "short_side": short_side}
+    numbers = {name: cli.whole(name, value) for name, value in given.items()}
+    if not numbers["longest"]:
         raise UserError("--longest: a sentence has at least one word")
     files = {path.stem.lower(): VideoFile(str(path)) for path in sorted(Path(videos).glob("*.mp4"))}
     if not files:
         raise UserError(f"{videos}: there is no .mp4 in it")
+    words = list(files)
 
     def work() -> None:
-        said = [(split, one) for split in ("train", "dev", "test") for one in sentences(list(files), split, int(numbers[split]), int(longest), int(seed))]
+        said = [(split, one) for split in ("train", "dev", "test") for one in sentences(words, split, numbers[split], numbers["longest"], numbers["seed"])]
         clips = (Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one))) for i, (split, one) in enumerate(said))
         rows = [("video", "text", "split")]
-        for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, Options(short_side=int(short_side)), os.cpu_count()))):
+        for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, Options(short_side=numbers["short_side"]), os.cpu_count()))):
             if isinstance(done, str):
                 raise UserError(f"{' + '.join(one)}: {done}")
             path = Path(out) / split / f"{i:06d}.mp4"
@@ -85,7 +85,8 @@ def join(
             rows.append((path.relative_to(out), " ".join(one), split))
         with open(Path(out) / "clips.tsv", "w", newline="", encoding="utf-8") as file:  # once there is all that it names
             csv.writer(file, "excel-tab").writerows(rows)
-        (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in sentences(list(files), "train", 20_000, int(longest), int(seed) + 1)))
+        text = sentences(words, "train", 20_000, numbers["longest"], numbers["seed"] + 1)
+        (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text))
 
     for split in ("train", "dev", "test"):
         (Path(out) / split).mkdir(parents=True, exist_ok=True)

@@ -19,14 +19,13 @@ def pretrain(text: str, *, out: str, steps: str = "800") -> cli.Job:
     """
     if not Path(text).is_file():
         raise UserError(f"{text} does not exist")
-    if not steps.isdigit():
-        raise UserError(f"--steps: {steps!r} is not a whole number")
+    number = cli.whole("steps", steps)
 
     def work() -> None:
         from flallm.pretrain import pretrain
 
         sentences = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
-        pretrain(sentences, Path(out), steps=int(steps))
+        pretrain(sentences, Path(out), steps=number)
 
     return cli.Job(work)
 

@@ -57,8 +57,8 @@ def synthetic(
         raise UserError(f"--preset: {preset!r} is none of {', '.join(synthetic.PRESETS)}")
     turned = config.override_fields(synthetic.PRESETS[preset], dict(dial.partition("=")[::2] for dial in dials.split(",") if dial), "--dials")
     counts = dict(zip(("train", "dev", "test"), turned.clips))
-    counts |= {name: _whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
-    numbers = {"seed": _whole("seed", seed), **counts, "size": _whole("size", size)}
+    counts |= {name: cli.whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
+    numbers = {"seed": cli.whole("seed", seed), **counts, "size": cli.whole("size", size)}
 
     def text() -> Iterator[str]:
         return (sentence for _, sentence in synthetic.sentences("text", turned.sentences, numbers["seed"], turned))
@@ -151,12 +151,6 @@ def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
     return _job(lambda: labels.clips(Path(folder), Path(root)), out, options, {"name": "labels"})
 
 
-def _whole(name: str, value: str) -> int:
-    if not value.isdigit():
-        raise UserError(f"--{name}: {value!r} is not a whole number")
-    return int(value)
-
-
 @SetParseFn(str)
 def verify(folder: str, *, split: str | None = None, processes: str | None = None) -> cli.Job:
     """Reads every sample back: checksums, all frames, keys, and that the tars hold what the index says. Exit code 1 where something is wrong.
@@ -172,7 +166,7 @@ def verify(folder: str, *, split: str | None = None, processes: str | None = Non
         from flallm.verify import verify
 
         problems = 0
-        for line in verify(folder, [split] if split else splits_of(folder), _whole("processes", processes) if processes else os.cpu_count()):
+        for line in verify(folder, [split] if split else splits_of(folder), cli.whole("processes", processes, 1) if processes else os.cpu_count()):
             print(line)
             problems += 1
         print(f"{problems} problems" if problems else "all samples are as the index says")
@@ -194,7 +188,7 @@ def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[
 
     def work() -> None:
         found: Iterable[Clip | LeftOut] = clips()
-        dataset = make_shards(found, out, encoding, corpus, _whole("processes", processes) if processes else None, part)
+        dataset = make_shards(found, out, encoding, corpus, cli.whole("processes", processes, 1) if processes else None, part)
         if not dataset:
             print(f"part {part[0]} of {part[1]} is made; when all are, the same command without --part joins them")
             return
