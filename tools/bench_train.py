@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from flallm import config as cfg
 from flallm import engine
+from flallm.ablate import Study
 from flallm.corpora import synthetic
 from flallm.encode import Options
 from flallm.loader import Batch
@@ -157,6 +159,34 @@ def steps_of_runs(out: Path) -> None:
         figure("data_wait_share", statistics.mean(waits), "share", "of a step, demo recipe, mean of 2 ranks")
 
 
+def one_pass_vs_two_stages(out: Path) -> None:
+    """Computation of one pass against that of stage 1, of writing its features once, and of stage 2 from these, all steps of the demo's recipe."""
+    ranks, steps, clips = engine.join(), {}, synthetic.Dials().clips[0]
+    study = Study("demo", "onepass", 1, [], {"data.shards": str(out / "shards"), "llm.path": str(out / "demo-llm")}, out)
+    runs = {"one pass": study.rows["one pass"][0], "stage 1": study.rows["stage 1 then stage 2"][0].stage1}
+    runs["stage 2"] = study.rows["stage 1 then stage 2 from cached features"][0]
+    for name, run in runs.items():
+        config = study.config(run)
+        zero2, batch = start(config, ranks)
+        if run.features:
+            batch = replace(batch, frames=torch.randn(len(batch.frames), config.encoder.channels))
+        steps[name] = config.train.steps, lambda zero2=zero2, batch=batch: engine.train_step(zero2, [batch], ranks)
+        if name == "stage 1":
+            steps["features"] = clips // config.train.batch, lambda model=zero2.module, batch=batch: encode(model, batch)
+    seconds = in_turns({name: step for name, (_, step) in steps.items()}, 20)
+    if ranks.first:
+        whole = {name: seconds[name] * times for name, (times, _) in steps.items()}
+        detail = ", ".join(f"{name} {steps[name][0]} x {seconds[name] * 1000:.0f} ms" for name in steps) + "; medians of 20"
+        figure("one_pass_vs_two_stages", whole["one pass"] / (whole["stage 1"] + whole["features"] + whole["stage 2"]), "ratio", detail)
+
+
+@torch.no_grad()
+def encode(model: Translator, batch: Batch) -> None:
+    model.eval()
+    model.features(batch)
+    model.train()
+
+
 def train_rss_growth(out: Path) -> None:
     small = {"encoder__stem": 8, "encoder__widths": [8, 8, 8, 8], "light_t__width": 32, "light_t__ffn": 64, "data__resize": 36, "data__crop": 32}
     config = load(out, **small, train__steps=2010, train__dev_every=2010, checkpoint__every=500)
@@ -206,6 +236,7 @@ FIGURES = {
     "train_rss_growth": train_rss_growth,
     "start_seconds": start_seconds,
     "sync_share": ranked(sync_share),
+    "one_pass_vs_two_stages": ranked(one_pass_vs_two_stages),
 }
 
 
@@ -220,7 +251,9 @@ def main(names: list[str]) -> None:
 
 def make_llm(out: Path) -> None:
     sys.stdout = sys.stderr
-    pretrain([text for _, text in synthetic.sentences("text", 3000)], out / "llm", layers=1, width=48, heads=2, steps=2)
+    texts = [text for _, text in synthetic.sentences("text", 3000)]
+    pretrain(texts, out / "llm", layers=1, width=48, heads=2, steps=2)
+    pretrain(texts, out / "demo-llm", steps=1)  # of the demo's size
 
 
 if __name__ == "__main__":
