@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def test_the_demos_sentences_stay_what_they_are():
 
 def test_the_benchmark_corpus_is_what_its_dials_say():
     dials = synthetic.PRESETS["bench"]
+    with pytest.raises(UserError, match="joined needs many"):
+        replace(dials, many=False)
     train, test, text = (list(synthetic.sentences(split, n, dials=dials)) for split, n in (("train", 4800), ("test", 400), ("text", 4800)))
     assert len(synthetic.MANY_GLOSSES) > 2 * len(synthetic.GLOSSES) and max(len(g) for g, _ in train) > 12
     # Unseen: signers, sentences, and in some of them a pair of a noun and what is said of it, which text alone has.

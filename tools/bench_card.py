@@ -1,4 +1,7 @@
-"""What a text-to-text model gets on the shards of a corpus with glosses: `python tools/bench_card.py SHARDS LLM` prints a JSON object a line.
+"""What a text-to-text model gets on a corpus with glosses, a JSON object a line.
+
+    python tools/bench_card.py card SHARDS LLM    both bounds
+    python tools/bench_card.py dials LLM          the upper one, with each dial of make_shards.py --preset=bench turned back
 
 glossed_bleu4 is an upper bound, from gold signs to text: what would be translated if every sign were seen. blind_bleu4 is a lower bound, from nothing to
 text: what a language model says that knows the sentences and sees no video. Both fine-tune the language model of stage 2 on train and score test.
@@ -6,6 +9,7 @@ text: what a language model says that knows the sentences and sees no video. Bot
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +17,13 @@ import torch
 from fire.decorators import SetParseFn
 
 from flallm import cli, metrics
+from flallm.corpora import synthetic
 from flallm.loader import IGNORE
 from flallm.shards import Shards
 
 BATCH, RATE, BEAM, TOKENS = 32, 5e-4, 5, 48
+# Few signs have none that join clauses. Assimilation is a matter of video alone.
+DIALS = ((), ("many", "joined"), ("tail",), ("short",), ("joined",), ("paraphrase",), ("again",), ("held_out",))
 
 
 def rows(shards: str, split: str) -> list[tuple[str, str]]:
@@ -72,17 +79,43 @@ def card(shards: str, llm: str, *, steps: str = "800") -> cli.Job:
         llm: the folder of a small mBART
         steps: of fine-tuning
     """
+    number = cli.whole("steps", steps)
 
     def work() -> None:
         train, test = rows(shards, "train"), rows(shards, "test")
         for figure, blind in (("glossed_bleu4", False), ("blind_bleu4", True)):
             pairs = [[("" if blind else gloss, text) for gloss, text in part] for part in (train, test)]
-            value = bleu4(*pairs, llm, int(steps))
-            print(json.dumps({"figure": figure, "value": round(value, 2), "unit": "BLEU-4", "detail": f"{len(test)} sentences, {steps} steps"}), flush=True)
+            value = bleu4(*pairs, llm, number)
+            print(json.dumps({"figure": figure, "value": round(value, 2), "unit": "BLEU-4", "detail": f"{len(test)} sentences, {number} steps"}), flush=True)
+
+    return cli.Job(work)
+
+
+@SetParseFn(str)
+def dials(llm: str, *, steps: str = "800") -> cli.Job:
+    """Prints the upper bound of bench, and with one dial after the other at the demo's value. Sentences are drawn, nothing is rendered.
+
+    Args:
+        llm: the folder of a small mBART, of bench's text
+        steps: of fine-tuning
+    """
+    number = cli.whole("steps", steps)
+
+    def work() -> None:
+        bench, demo = synthetic.PRESETS["bench"], synthetic.DEMO
+        for names in DIALS:
+            back = {name: getattr(demo, name) for name in names}
+            turned = replace(bench, **back)
+            drawn = {split: synthetic.sentences(split, count, 0, turned) for split, count in zip(("train", "dev", "test"), turned.clips)}
+            train, test = ([(" ".join(glosses).lower(), text) for glosses, text in drawn[split]] for split in ("train", "test"))
+            signs, words = (sum(len(pair[i].split()) for pair in test) / len(test) for i in (0, 1))
+            detail = f"{len(test)} sentences of {signs:.1f} signs and {words:.1f} words, {number} steps"
+            value = bleu4(train, test, llm, number)
+            said = ",".join(f"{name}={value}" for name, value in back.items())
+            print(json.dumps({"figure": "glossed_bleu4", "dials": said, "value": round(value, 2), "unit": "BLEU-4", "detail": detail}), flush=True)
 
     return cli.Job(work)
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "card")
-    sys.exit(cli.run({"card": card}, Path(__file__).name))
+    sys.exit(cli.run({"card": card, "dials": dials}, Path(__file__).name))

@@ -23,6 +23,7 @@ from zlib import crc32
 import av
 import numpy as np
 
+from flallm import UserError
 from flallm.corpora import Clip
 from flallm.corpora.signer import FPS, Sign, make_signer, make_signs, perform, render
 from flallm.corpora.words import (
@@ -67,6 +68,10 @@ class Dials:
     signers: tuple[int, ...] = (16, 4, 6)  # in train, dev and test
     clips: tuple[int, ...] = (2400, 100, 250)  # likewise
     sentences: int = 20_000  # of text alone, for a language model; none of them is a test sentence of three signs or more
+
+    def __post_init__(self):
+        if self.joined and not self.many:
+            raise UserError("--dials: joined needs many, which has the signs that join clauses")
 
 
 PRESETS = {
