@@ -493,11 +493,13 @@ def test_isolated_signs_are_joined_into_sentences(tmp_path):
     for i, name in enumerate(("Go", "Thank You", "not")):
         numbered(tmp_path / f"words/{name}.mp4", 25, 10 + i, first=50 * i)
     tool = Path(__file__).parents[1] / "tools/join_words.py"
-    command = [sys.executable, str(tool), str(tmp_path / "words"), f"--out={tmp_path / 'joined'}", "--train=4", "--dev=3", "--test=3"]
+    command = [sys.executable, str(tool), str(tmp_path / "words"), f"--out={tmp_path / 'joined'}", "--train=4", "--dev=3", "--test=40"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     clips = list(manifest.clips(tmp_path / "joined/clips.tsv", tmp_path / "joined"))
-    assert [clip.split for clip in clips] == ["train"] * 4 + ["dev"] * 3 + ["test"] * 3 and len({clip.text for clip in clips}) > 5
+    assert [clip.split for clip in clips] == ["train"] * 4 + ["dev"] * 3 + ["test"] * 40 and len({clip.text for clip in clips}) > 5
+    # As many long sentences in test as elsewhere, where a few belong to it.
+    assert sum(len(clip.text.replace("thank you", "thank_you").split()) > 2 for clip in clips[-40:]) > 15
     for clip in clips:
         shown, said = numbers(clip.media), clip.text.replace("thank you", "thank_you").split()
         lengths = {"go": 10, "thank_you": 11, "not": 12}

@@ -39,13 +39,14 @@ class Joined:
 
 
 def sentences(words: list[str], split: str, count: int, longest: int, seed: int) -> Iterator[tuple[str, ...]]:
-    """Of one to `longest` words that are drawn evenly; those of three and more are in one split alone."""
+    """Of one to `longest` words, any number and any word as often as another; those of three and more are in one split alone."""
     rng = np.random.default_rng([seed, *split.encode()])
-    while count:
-        said = tuple(words[i] for i in rng.integers(len(words), size=rng.integers(1, longest + 1)))
-        if len(said) < 3 or split_of(said) == split:
-            count -= 1
-            yield said
+    for length in rng.integers(1, longest + 1, size=count):
+        drawn = (tuple(rng.choice(words, length).tolist()) for _ in range(1000))
+        said = next((one for one in drawn if length < 3 or split_of(one) == split), None)
+        if said is None:
+            raise UserError(f"{len(words)} words are too few: of 1000 sentences of {length} of them none belongs to {split}; take a lower --longest")
+        yield said
 
 
 @SetParseFn(str)
