@@ -230,8 +230,7 @@ def score(hypotheses: str, references: str | None = None, *, convention: str = "
         semantic: the folder of a model that scores by meaning: BLEURT (a head of one number) or any encoder for BERTScore
         layer: whose embeddings BERTScore compares; the last one's where it is not given
     """
-    if layer is not None and not (layer.isdecimal() and int(layer)):
-        raise UserError(f"--layer: {layer!r} is not a layer's number")
+    number = whole("layer", layer, 1) if layer else None
 
     def work() -> None:
         from flallm import metrics, results
@@ -243,7 +242,7 @@ def score(hypotheses: str, references: str | None = None, *, convention: str = "
         if semantic:
             from flallm.semantic import semantic as by_meaning
 
-            found["semantic"] = by_meaning(Path(semantic), said, meant, int(layer) if layer else None)
+            found["semantic"] = by_meaning(Path(semantic), said, meant, number)
         print(json.dumps(found, indent=1))
 
     return Job(work)
@@ -375,8 +374,9 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
         raise UserError(f"--format: {format!r} is none of text, json, srt, vtt")
     if format in ("srt", "vtt") and len(videos) > 1:
         raise UserError(f"--format={format} is for one video")
-    if not alternatives.isdecimal() or (int(alternatives) and format != "json"):
-        raise UserError("--alternatives is a whole number, and goes with --format=json")
+    further = whole("alternatives", alternatives)
+    if further and format != "json":
+        raise UserError("--alternatives goes with --format=json")
     if not window.replace(".", "", 1).isdecimal() or (float(window) and segments):
         raise UserError("--window is a number of seconds, and excludes --segments")
 
@@ -389,11 +389,11 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
         spans, failed, number = read_segments(Path(segments)) if segments else None, 0, 0
         with _ranks() as ranks:
             model, config = load_run(Path(run), ranks.device)
-            if int(alternatives) >= config.decode.beam:
+            if further >= config.decode.beam:
                 raise UserError(f"--alternatives: {run} decodes with a beam of {config.decode.beam}, so there are {config.decode.beam - 1} at most")
             if format == "vtt":
                 print("WEBVTT\n")
-            found = translate(model, config, videos, ranks.device, spans, float(window), int(alternatives))
+            found = translate(model, config, videos, ranks.device, spans, float(window), further)
             for one in tqdm(found, unit=" sentences", disable=None if len(videos) > 1 or spans or float(window) else True):
                 if one.error:
                     failed += 1

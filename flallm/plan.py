@@ -27,8 +27,9 @@ class Plan:
     """The steps of a split.
 
     frames: (clips,) used frames of each clip; texts: (clips,) characters of its text.
-    batch: the largest number of clips a step, over all ranks and micro-batches; batch_frames: the same for frames, 0 for no
-    limit. It bounds memory: a rank's micro-batch has about batch_frames / (world_size * micro_batches) of them.
+    batch: clips a step, over all ranks and micro-batches. What an epoch has over goes to its steps, one more each, so that `batch` ranks never lack a clip;
+    where it is more than there are steps (fewer than batch² clips), there is a step more and each has some less.
+    batch_frames: the most frames a step, 0 for no limit. It bounds memory: a rank's micro-batch has about batch_frames / (world_size * micro_batches) of them.
     text_cost: what a character costs in frames. alike: whether a rank gets texts of about one length,
     which is not to be where BatchNorm's statistics are each rank's own: one would know short sentences only, another long ones.
     pool: steps whose clips are sorted by length together; 1 leaves them random, 2 makes steps of short clips and steps of long ones.
@@ -60,7 +61,9 @@ class Plan:
             raise UserError(
                 f"train.batch_frames: {batch_frames} is too small: {world_size} ranks x {micro_batches} micro-batches x twice the longest clip are {least}"
             )
-        smallest = len(frames) // max(1, -(-len(frames) // batch))
+        whole, over = divmod(len(frames), batch)
+        self._steps = whole if over <= whole else whole + 1  # without batch_frames
+        smallest = len(frames) // max(1, self._steps)
         if smallest < world_size * micro_batches:
             raise UserError(
                 f"train.batch: a step has as few as {smallest} of the {len(frames)} clips, too few for {world_size} ranks x {micro_batches} micro-batches"
@@ -68,7 +71,7 @@ class Plan:
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch; the same for all epochs unless `batch_frames` says otherwise."""
-        return len(self._order(epoch)[2]) if self.batch_frames else -(-len(self.frames) // self.batch)
+        return len(self._order(epoch)[2]) if self.batch_frames else self._steps
 
     def total(self, epochs: float) -> int:
         """Steps of so many epochs, a part of one rounded up."""
@@ -87,7 +90,7 @@ class Plan:
         """(the epoch's clips in order, where each batch of it begins, and the end, the batch of each step)."""
         if self._epoch != epoch:
             rng, clips = np.random.default_rng([self.seed, epoch]), len(self.frames)
-            order, steps = rng.permutation(clips), -(-clips // self.batch)
+            order, steps = rng.permutation(clips), self._steps
             while True:
                 bounds = np.arange(steps + 1) * clips // max(1, steps)
                 for first in range(0, steps if self.pool > 1 else 0, self.pool):

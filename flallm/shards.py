@@ -78,7 +78,7 @@ def make_shards(
         bar.update(bar.total - sum(len(members) for _, members in missing))
         encoded = encode_all((clip for _, members in missing for clip in members), options, processes or os.cpu_count())
         for path, members in missing:
-            write_tar(path, _samples(members, (result for result in encoded if not bar.update())), "mp4")
+            write_tar(path, _samples(members, encoded, bar), "mp4")
     return {} if part != (0, 1) else join(out, [(path, members[0].split) for path, members in shards], {**made_from, "left_out": left_out})
 
 
@@ -147,8 +147,10 @@ def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str 
     return dataset
 
 
-def _samples(clips: list[Clip], encoded: Iterator[tuple[bytes, dict] | str]) -> Iterator[tuple[str, bytes, dict, list] | dict]:
-    for clip, result in zip(clips, encoded):
+def _samples(clips: list[Clip], encoded: Iterator[tuple[bytes, dict] | str], bar: tqdm) -> Iterator[tuple[str, bytes, dict, list] | dict]:
+    for clip in clips:
+        result = next(encoded)
+        bar.update()
         yield (
             asdict(LeftOut(clip.key, clip.split, clip.media.source, result)) if isinstance(result, str) else (clip.key, *result, _row(clip)[:-1])
         )  # wherever the corpus lies

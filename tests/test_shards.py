@@ -1,11 +1,14 @@
+import contextlib
 import hashlib
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import tarfile
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -41,7 +44,7 @@ def test_shards_are_ordinary_webdataset(shards):
     assert i + 1 == len(ours) == 24
 
 
-def test_a_killed_run_resumes_to_equal_bytes(tmp_path):
+def test_a_killed_run_resumes_to_equal_bytes_on_a_terminal_too(tmp_path):
     command = [sys.executable, TOOL, "synthetic", "--train=24", "--dev=4", "--test=4", "--size=36", "--per_shard=4"]
     subprocess.run([*command, f"--out={tmp_path / 'whole'}"], check=True, capture_output=True)
     killed = subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], start_new_session=True, stdout=subprocess.DEVNULL)
@@ -50,7 +53,16 @@ def test_a_killed_run_resumes_to_equal_bytes(tmp_path):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed/dataset.json").exists()
-    subprocess.run([*command, f"--out={tmp_path / 'killed'}"], check=True, capture_output=True)
+    screen, terminal = pty.openpty()  # where a progress bar is drawn, here at every clip
+    termios.tcsetwinsize(terminal, (24, 80))
+    with subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL, stderr=terminal, env=os.environ | {"TQDM_MININTERVAL": "0"}):
+        os.close(terminal)
+        drawn = b""
+        with contextlib.suppress(OSError):  # once nobody holds the terminal any more
+            while part := os.read(screen, 4096):
+                drawn += part
+    os.close(screen)
+    assert b"32/32" in drawn
     left = digests(tmp_path / "killed")
     assert {k: v for k, v in left.items() if not k.endswith(".part")} == digests(tmp_path / "whole")
 
