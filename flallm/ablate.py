@@ -129,6 +129,18 @@ class Study:
         steps = {run: c.train.steps or make_plan(c, Clips("train", c.data, c.seed), 1).total(c.train.epochs) for run, c in configs.items()}
         return {run: steps.get(run, 1) for run in self.runs}  # features: one pass
 
+    def check_begun(self) -> None:
+        """Refuses runs of another recipe, on other shards or with another language model: in one table with these they would be taken for what they are not."""
+        from flallm.train import FREE, check_same
+
+        for run in self.runs:
+            path, mine = self.folder(run) / "config.yaml", self.config(run)
+            if run.stage != "features" and path.is_file():
+                theirs = cfg.flat(cfg.from_dict(Config, cfg.read_yaml(path), str(path)))
+                if run.features:
+                    theirs["data.shards"] = mine.data.shards
+                check_same(theirs, mine, self.folder(run), "--out", tuple(name for name in FREE if name not in ("data.shards", "llm.path")))
+
     def check(self, runs: list[Run]) -> None:
         """Raises UserError where shards or a language model are missing, which would else be noticed once a run begins."""
         from flallm.loader import Clips
@@ -167,14 +179,10 @@ class Study:
         """Trains and scores a run on the ranks there are, unless that is done."""
         from flallm.evaluate import evaluate
         from flallm.features import features
-        from flallm.train import check_same, train
+        from flallm.train import train
 
         folder, config = self.folder(run), self.config(run)
-        if self.done(run) and run.stage == "features":
-            return
         if self.done(run):
-            theirs = cfg.from_dict(Config, cfg.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-            check_same(cfg.flat(theirs), config, folder)
             return
         if ranks.first:
             print(f"\n== {run.name}", flush=True)
@@ -241,6 +249,7 @@ class Study:
 
 def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]) -> None:
     """Prints the plan, does what is to be done of it and writes the table."""
+    study.check_begun()
     print(study.plan(), flush=True)
     left = [run for run in study.runs if not study.done(run)]
     if where == "slurm" and left:

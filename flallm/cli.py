@@ -114,7 +114,7 @@ def evaluate(run: str, *, split: str = "test") -> Job:
 
 @SetParseFn(str)
 def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> Job:
-    """Writes the sign-wise features of a run's encoder as shards: stage 2 and evaluate take them by --data.shards in place of video.
+    """Writes the sign-wise features of a run's encoder as shards: stage 2 takes them by --data.shards in place of video, and so does what is done with its run.
 
     Args:
         run: the folder of a stage-1 run
@@ -129,7 +129,7 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
     def work() -> None:
         from flallm.features import features
 
-        with _ranks() as ranks:
+        with _ranks(24 * 3600) as ranks:  # who is done waits for who has the last shard
             features(Path(run), Path(out), ranks, dtype, number)
 
     return Job(work)
@@ -175,6 +175,8 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
     ranks = whole("world_size", world_size, 1)
     if clips_per_s and not stage:
         raise UserError("--clips_per_s belongs to one stage: name it with --stage")
+    if clips_per_s and not (clips_per_s.replace(".", "", 1).isdecimal() and float(clips_per_s)):
+        raise UserError(f"--clips_per_s: {clips_per_s!r} is not a number above 0")
     stages = [stage] if stage else ["stage1", "stage2"]
     if stage and stage not in config.STAGES:
         raise UserError(f"--stage: {stage!r} is none of {', '.join(config.STAGES)}")
@@ -323,7 +325,7 @@ def ablate(
 
     Args:
         recipe: a built-in name such as demo, or the path of a YAML file
-        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or masks, onepass, stack or lora, past it; see flallm/tables.yaml
+        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or masks, onepass, stack, words or lora, past it; see flallm/tables.yaml
         seeds: how many seeds, 0 to n - 1, each run has
         rows: only these rows of the table, separated by commas
         out: the folder to write into; tables in one folder share runs

@@ -28,6 +28,14 @@ CHOICES = {
     "train.frozen": ("nothing", "backbone", "encoder", None),
     "llm.input": ("signs", "frames", "light_t", "words"),
 }
+LEAST = {
+    1: (
+        "data.resize", "data.crop", "data.stride", "data.max_frames", "data.prefetch_mib", "llm.stack", "train.steps", "train.batch", "train.micro_batches",
+        "train.pool", "train.log_every", "train.max_skipped", "train.timeout", "checkpoint.last", "checkpoint.best", "decode.beam", "decode.max_tokens",
+        "decode.batch",
+    ),
+    0: ("data.workers", "data.cache_gib", "train.batch_frames", "train.dev_every", "train.dev_clips", "checkpoint.every", "checkpoint.minutes"),
+}  # fmt: skip
 PLACE = "{video}"  # where the features stand in a prompt
 
 
@@ -242,25 +250,12 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
     if config.llm.prompt.count(PLACE) != 1:
         raise UserError(f"llm.prompt: {config.llm.prompt!r} must hold {PLACE} once, the place of the features")
-    for name in (
-        "data.resize",
-        "data.crop",
-        "data.stride",
-        "data.max_frames",
-        "data.prefetch_mib",
-        "llm.stack",
-        "train.batch",
-        "train.micro_batches",
-        "train.pool",
-        "train.log_every",
-        "train.max_skipped",
-        "checkpoint.last",
-        "checkpoint.best",
-        "decode.beam",
-        "decode.batch",
-    ):
-        if flat(config)[name] < 1:
-            raise UserError(f"{name}: {flat(config)[name]} is less than 1")
+    for least, names in LEAST.items():
+        for name in names:
+            if (value := flat(config)[name]) is not None and value < least:
+                raise UserError(f"{name}: {value} is less than {least}")
+    if config.train.steps is None and config.train.epochs <= 0:
+        raise UserError(f"train.epochs: {config.train.epochs} is not more than 0")
     return config
 
 

@@ -255,7 +255,7 @@ def memory(config: Config, step: Step, world_size: int, device: Device) -> Memor
     trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
     share = 4 * trained / world_size
     offload = settings.get("offload_optimizer", {}).get("device", "none") == "cpu" and device.kind == "cuda"
-    bucket = 4 * min(settings["reduce_bucket_size"], trained) * (2 if settings.get("overlap_comm") else 1)
+    bucket = 4 * min(settings.get("reduce_bucket_size", 5e8), trained) * (2 if settings.get("overlap_comm") else 1)
     adam, three = config.train.optimizer == "adamw", settings["stage"] == 3
     weights = 4 * (trained + frozen)
     return Memory(

@@ -14,6 +14,8 @@ from flallm import video
 from flallm.corpora import BROKEN
 from flallm.shards import BadSample, Shards
 
+DTYPES = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}  # of stored features; bf16 as the 16 bits of a number
+
 _shards: Shards
 _options: tuple
 
@@ -36,10 +38,10 @@ def run(number: int, epoch: int | None, memory: str, first: int, frames: int) ->
 
 
 def kind(shards: Shards, crop: int) -> tuple[tuple[int, ...], np.dtype]:
-    """(shape, type) of what a used frame becomes: an image, or features; bf16 as the 16 bits of a number."""
+    """(shape, type) of what a used frame becomes: an image, or features."""
     if not shards.features:
         return (crop, crop, 3), np.dtype(np.uint8)
-    return (shards.features["channels"],), np.dtype({"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}[shards.features["dtype"]])
+    return (shards.features["channels"],), np.dtype(DTYPES[shards.features["dtype"]])
 
 
 def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np.ndarray) -> tuple[str, str, str]:

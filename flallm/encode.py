@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import av
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from flallm import UserError
 from flallm.corpora import BROKEN, Clip, VideoFile, open_video
 from flallm.video import FRAME_STEP, MARK
 from flallm.workers import Lost, Workers
@@ -36,6 +38,13 @@ class Options:
     crf: int = 22
     gop: int = 96
     per_shard: int = 500
+
+    def __post_init__(self):
+        for name, least in {"short_side": 2, "crf": 0, "gop": 1, "per_shard": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}: {getattr(self, name)} is less than {least}")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise UserError(f"--fps: {self.fps} is not a number of frames a second")
 
 
 def encode(clip: Clip, options: Options) -> tuple[bytes, dict]:

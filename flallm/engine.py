@@ -7,8 +7,10 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -69,8 +71,8 @@ def join(timeout: float = 600) -> Ranks:
     timeout: seconds without an answer from the others after which a rank gives up.
     """
     env = os.environ
-    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # one task alone may be a shell of `srun --pty`
+        env.update(_slurm_rendezvous(), RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
     if "RANK" not in env:
         # Port 0: the one that is free once it is opened. One asked for beforehand can be gone by then.
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -144,6 +146,14 @@ def rendezvous() -> dict[str, str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+
+
+def _slurm_rendezvous() -> dict[str, str]:
+    """The address for the tasks of a Slurm step: its first node as Slurm itself calls it, which names need not, and a port that two steps do not share."""
+    job, step, nodes = (os.environ[f"SLURM_{name}"] for name in ("JOB_ID", "STEP_ID", "STEP_NODELIST"))
+    first = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True).stdout.split()[0]
+    node = subprocess.run(["scontrol", "show", "node", first], check=True, capture_output=True, text=True).stdout
+    return {"MASTER_ADDR": re.search(r"NodeAddr=(\S+)", node)[1], "MASTER_PORT": str(20000 + (int(job) + 7919 * int(step)) % 20000)}
 
 
 def launch(function: Callable, world_size: int, *args) -> None:
@@ -338,10 +348,11 @@ def on_the_way(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
                 yield batch
 
 
-def set_learning_rates(engine, config: Train, factor: Callable[[float], float]) -> None:
-    """factor: what the rates of a group are multiplied by that begins to learn after a share of the steps."""
+def set_learning_rates(engine, config: Train, factor: Callable[[float], float]) -> dict[str, float]:
+    """The rates of the groups by their names. factor: what those of a group are multiplied by that begins to learn after a share of the steps."""
     for group in engine.optimizer.param_groups:
         group["lr"] = factor(group["start"]) * getattr(config, f"lr_{group['name']}")
+    return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,8 @@ def _card(run: Path, config: Config, parameters: int, licence: str) -> str:
     source, train = cfg.read_yaml(run / "config.yaml")["llm"]["path"], config.train
     try:
         shards = Shards(config.data.shards, "train")
-        name = json.loads(shards.store.read("dataset.json")).get("corpus", {}).get("name", "unnamed")
-        data = f"{name}, {len(shards):,} training clips"
-    except (UserError, OSError, ValueError):
+        data = f"{shards.corpus.get('name', 'unnamed')}, {len(shards):,} training clips"
+    except UserError:
         data = f"shards that are not at {config.data.shards} any more"
     rows = []
     for path in sorted((run / "scores").glob("*.json")):

@@ -40,18 +40,19 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
     }
     sums = {split: hashlib.sha256(np.ascontiguousarray(clips.shards.index["checksum"])).hexdigest() for split, clips in splits.items()}
     made_from = {"format": tars.FORMAT, "features": made_by, "source_sha256": sums}
+    parts = {out / f"{split}-{n:06d}.tar": (split, n) for split, clips in splits.items() for n in range(len(clips.shards.shard_bytes))}
     done = tars.begin(out, made_from) if ranks.first else None
-    if ranks.gather(done)[0]:
+    done, missing = ranks.gather((done, [path for path in parts if not path.exists()]))[0]
+    if done:
         return
-    parts = [(split, n) for split, clips in splits.items() for n in range(len(clips.shards.shard_bytes))]
     with engine.precision(config.train, ranks.device), torch.no_grad():
-        for split, n in tqdm(parts[ranks.rank :: ranks.world_size], unit="shard", desc="features", disable=None if ranks.first else True):
-            path = out / f"{split}-{n:06d}.tar"
-            if not path.exists():
-                tars.write_tar(path, _samples(model, splits[split], n, dtype, copies if split == "train" else 0, ranks.device), "npy", json.dumps(made_from))
+        for path in tqdm(missing[ranks.rank :: ranks.world_size], unit="shard", desc="features", disable=None if ranks.first else True):
+            split, n = parts[path]
+            tars.write_tar(path, _samples(model, splits[split], n, dtype, copies if split == "train" else 0, ranks.device), "npy", json.dumps(made_from))
     ranks.gather(None)  # all shards are there
     if ranks.first:
-        tars.join(out, [(out / f"{split}-{n:06d}.tar", split) for split, n in parts], {**made_from, "left_out": []}, json.dumps(made_from))
+        dataset = {**made_from, "corpus": next(iter(splits.values())).shards.corpus, "left_out": []}
+        tars.join(out, [(path, split) for path, (split, _) in parts.items()], dataset, json.dumps(made_from))
     ranks.gather(None)
 
 
@@ -65,7 +66,8 @@ def _samples(model: Translator, clips: Clips, shard: int, dtype: str, copies: in
         if bad := [b for batch in made for b in batch.bad]:
             yield {"key": bad[0]["key"], "split": clips.shards.split, "source": f"sample {n}", "cause": bad[0]["cause"]}
             continue
-        stacked = torch.stack([model.features(batch.to(device)) for batch in made]).to(DTYPES[dtype]).cpu()  # (1 + copies, N, C)
+        signs = [model.encoder(batch.frames.to(device), batch.lengths) for batch in made]  # sign-wise, whatever this run's own language model reads
+        stacked = torch.stack(signs).to(DTYPES[dtype]).cpu()  # (1 + copies, N, C)
         file = io.BytesIO()
         np.save(file, (stacked.view(torch.uint16) if dtype == "bf16" else stacked).numpy())
         meta = clips.shards.read(n)[1]

@@ -38,6 +38,8 @@ def pretrain(
 
     if not sentences:
         raise UserError("there is no text to pre-train on")
+    if out.exists():
+        raise UserError(f"{out} is there already: remove it or name another folder")
     tokenizer = make_tokenizer(sentences, vocabulary)
     shape = {}
     for side in ("encoder", "decoder"):

@@ -42,7 +42,7 @@ LABELS = {
 CHARTS = {  # title: {what metrics.jsonl calls it: label}, unit
     "Loss": ({"loss": "training"}, ""),
     "BLEU-4 on dev": ({"dev_bleu4": "right videos", "dev_bleu4_swapped": "swapped videos"}, ""),
-    "Learning rate": ({"lr_encoder": "encoder", "lr_adapter": "adapter", "lr_language": "language model"}, ""),
+    "Learning rate": ({"lr_encoder": "encoder", "lr_adapter": "adapter", "lr_language": "language model", "lr_first": "Light-T"}, ""),
     "Clips a second": ({"clips_per_s": "all ranks"}, ""),
     "Waiting for data": ({"data_wait_share": "share of the time"}, "%"),
 }
@@ -187,7 +187,7 @@ def _shards(folder: str, split: str, notes: list[str]) -> tuple[Shards | None, s
     """(the split's shards, which data set it is), or nothing where they lie elsewhere now."""
     try:
         shards = Shards(folder, split)
-        return shards, str(json.loads(shards.store.read("dataset.json")).get("corpus", {}).get("name", ""))
+        return shards, str(shards.corpus.get("name", ""))
     except (UserError, OSError, ImportError) as error:
         notes.append(f"Neither clips nor the nearest training sentences: {error}.")
         return None, ""
@@ -233,6 +233,9 @@ def _add_clips(sentences: list[Sentence], shards: Shards, count: int, run: Path,
     metas = {meta["key"]: (n, meta) for n, meta in enumerate(map(shards.meta, range(len(shards)))) if meta}
     for s in sentences:
         s.signer = str(metas.get(s.key, (0, {}))[1].get("signer") or "")
+    if shards.features:
+        notes.append("No clips are shown: this run reads features.")
+        return
     ranked = sorted((s for s in sentences if s.key in metas), key=lambda s: -s.score)
     chosen = [ranked[i] for i in dict.fromkeys(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int).tolist())]
     left, shown = VIDEO_MIB * 2**20, []

@@ -212,19 +212,22 @@ def _read_rows(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def splits_of(folder: str | Path) -> list[str]:
     """The splits that a folder of shards has."""
-    return list(_read_dataset(Store(str(folder)), str(folder))[0])
+    return list(_read_dataset(Store(str(folder)), str(folder))["splits"])
 
 
-def _read_dataset(store: Store, folder: str) -> tuple[dict[str, dict], dict]:
-    """({split: {"clips", "frames", "shard_bytes"}}, what made the features, {} where they are videos)"""
+def _read_dataset(store: Store, folder: str) -> dict:
+    """`dataset.json`; of it are sure "splits": {split: {"clips", "frames", "shard_bytes"}}, "features": what made them, {} where they are videos, and "corpus"."""
     try:
         dataset = json.loads(store.read("dataset.json"))
-        splits, features = dataset["splits"], dataset.get("features", {})
-        if features and not (isinstance(features["channels"], int) and isinstance(features["copies"], int) and features["dtype"] in ("bf16", "fp16", "fp32")):
+        splits, features, corpus = dataset["splits"], dataset.setdefault("features", {}), dataset.setdefault("corpus", {})
+        if not isinstance(corpus, dict):
+            raise ValueError("its corpus is none")
+        counts = ("channels", "copies", "stride", "max_frames")
+        if features and not (all(isinstance(features[name], int) for name in counts) and features["dtype"] in ("bf16", "fp16", "fp32")):
             raise ValueError("its features are none")
         if not all(isinstance(s["clips"], int) and all(isinstance(b, int) for b in s["shard_bytes"]) for s in splits.values()):
             raise ValueError("a count is none")
-        return splits, features
+        return dataset
     except FileNotFoundError:
         raise UserError(f"{folder} holds no finished shards (no dataset.json): make them with tools/make_shards.py") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -244,7 +247,8 @@ class Shards:
     def __init__(self, folder: str | Path, split: str, cache: str = "", cache_gib: float = 100.0):
         self.folder, self.split = str(folder), split
         self.store = Store(self.folder, cache, cache_gib)
-        splits, self.features = _read_dataset(self.store, self.folder)
+        dataset = _read_dataset(self.store, self.folder)
+        splits, self.features, self.corpus = (dataset[name] for name in ("splits", "features", "corpus"))
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
         self.shard_bytes, self.index = splits[split]["shard_bytes"], self._read_index()
@@ -283,14 +287,16 @@ class Shards:
         name, start, stop = self._shard(row["shard"]), row["json_offset"], row["video_offset"] + row["video_size"]
         if not 0 <= start <= start + row["json_size"] <= row["video_offset"] <= stop <= start + LARGEST:
             raise BadSample(f"{self.folder}/{name}: the index says the impossible of sample {i}: it is altered")
-        try:
-            content = self.store.read(name, start, stop)  # both files of the sample, and the header between them
-        except OSError as error:
-            raise BadSample(f"{self.folder}/{name}: {error.strerror or error}") from None
-        meta, video = content[: row["json_size"]], content[row["video_offset"] - start :]
-        if checksum(video, meta) != row["checksum"]:
-            self.store.forget(name, start, stop)
-            raise BadSample(f"{self.folder}/{name}: sample {i} is not what the index says: the shard is cut short or altered")
+        for again in (True, False):  # what a cache holds may be altered where the shard is not
+            try:
+                content = self.store.read(name, start, stop)  # both files of the sample, and the header between them
+            except OSError as error:
+                raise BadSample(f"{self.folder}/{name}: {error.strerror or error}") from None
+            meta, video = content[: row["json_size"]], content[row["video_offset"] - start :]
+            if checksum(video, meta) == row["checksum"]:
+                break
+            if not (self.store.forget(name, start, stop) and again):
+                raise BadSample(f"{self.folder}/{name}: sample {i} is not what the index says: the shard is cut short or altered")
         try:
             said = json.loads(meta)
             if not all(isinstance(said[field], kind) for field, kind in (("key", str), ("text", str), ("num_frames", int))):

@@ -6,6 +6,7 @@ comes back: whoever asks has a checksum.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -22,7 +23,8 @@ FOLDERS = 256  # of a cache
 class Store:
     """Ranges of the files in one folder or under one address.
 
-    cache: a local folder that keeps what was read ("" for none), up to cache_gib; the oldest go first.
+    cache: a local folder that keeps what was read ("" for none), up to cache_gib; the oldest go first. Whole files are not kept:
+    what lies at an address may be made anew, and its index tells.
     """
 
     def __init__(self, root: str, cache: str = "", cache_gib: float = 100.0):
@@ -43,13 +45,17 @@ class Store:
                 pass
         content = self._fetch(name, start, stop)
         if kept:
-            self._keep(kept, content)
+            with contextlib.suppress(OSError):  # a full disk costs the cache, not the clip
+                self._keep(kept, content)
         return content
 
-    def forget(self, name: str, start: int, stop: int) -> None:
-        """Drops a range from the cache, because it is not what it should be."""
-        if kept := self._kept(name, start, stop):
-            kept.unlink(missing_ok=True)
+    def forget(self, name: str, start: int, stop: int) -> bool:
+        """Drops a range from the cache, because it is not what it should be; whether it was there."""
+        kept = self._kept(name, start, stop)
+        if not kept or not kept.exists():
+            return False
+        kept.unlink(missing_ok=True)
+        return True
 
     def _fetch(self, name: str, start: int, stop: int | None) -> bytes:
         path = f"{self.root}/{name}"
@@ -70,7 +76,7 @@ class Store:
         raise AssertionError
 
     def _kept(self, name: str, start: int, stop: int | None) -> Path | None:
-        if self.cache is None:
+        if self.cache is None or stop is None:
             return None
         digest = hashlib.blake2b(f"{self.root}/{name}:{start}-{stop}".encode(), digest_size=16).hexdigest()
         return self.cache / digest[:2] / digest[2:]
@@ -78,8 +84,12 @@ class Store:
     def _keep(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(content)
-        part.rename(path)
+        try:
+            part.write_bytes(content)
+            part.rename(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
         files = []
         for file in path.parent.iterdir():
             try:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -78,11 +79,11 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         for state.step in range(first + 1, total + 1):
             with log.waiting():
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
-            engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))
+            rates = engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))
             most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
             flags = (asked.stop, writer.written, writer.due() and ranks.first)
             step = engines.train_step(engine, micro_batches, ranks, *flags, most=most, norms=log.is_due())
-            log.step(step, micro_batches)
+            log.step(step, micro_batches, rates)
             stop, written, due = step.flags
             if state.skipped_in_a_row == config.train.max_skipped:
                 give_up(writer, log, f"{config.train.max_skipped} steps in a row had to be left out, see {run}/skipped.jsonl; the last good checkpoint is kept")
@@ -117,12 +118,12 @@ def newest(config: Config, run: Path, ranks: Ranks, data: dict) -> tuple[Path, d
     return found
 
 
-def check_same(theirs: dict[str, object], config: Config, run: Path) -> None:
-    """Refuses a recipe that is another than the one, {"a.b": value}, that a run was begun with."""
+def check_same(theirs: dict[str, object], config: Config, run: Path, option: str = "--run_dir", free: tuple[str, ...] = FREE) -> None:
+    """Refuses a recipe that is another than the one, {"a.b": value}, that a run was begun with. option: where to name another folder; free: what may differ."""
     theirs, mine = (json.loads(json.dumps(values)) for values in (cfg.flat(Config()) | theirs, cfg.flat(config)))  # a field may be younger than the run
-    differing = [f"{name} was {theirs[name]} and is {value}" for name, value in mine.items() if theirs[name] != value and not name.startswith(FREE)]
+    differing = [f"{name} was {theirs[name]} and is {value}" for name, value in mine.items() if theirs[name] != value and not name.startswith(free)]
     if differing:
-        raise UserError(f"{run} was begun with another recipe: {'; '.join(differing)}. Name another --run_dir, or go on with what it was")
+        raise UserError(f"{run} was begun with another recipe: {'; '.join(differing)}. Name another {option}, or go on with what it was")
 
 
 def give_up(writer: Writer, log: Log, why: str) -> None:
@@ -200,7 +201,7 @@ class Log:
         self.before, self.outside = state.seconds, 0.0  # seconds before this start, and of this one on dev
         self.timers = dict.fromkeys(("waiting", "computing"), 0.0)  # since the last line
         self.shown = False
-        state.sums = state.sums or dict.fromkeys(("loss", "tokens", "clips"), 0.0)
+        state.sums = dict.fromkeys(("loss", "tokens"), 0.0) | state.sums | {"clips": 0.0}  # clips: of this start, whose seconds they are divided by
         if ranks.first:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -243,7 +244,8 @@ class Log:
         """Whether this step is one that is written down."""
         return self.state.step % self.config.train.log_every == 0 or self.state.step == self.total
 
-    def step(self, done: Step, micro_batches: list) -> None:
+    def step(self, done: Step, micro_batches: list, rates: dict[str, float]) -> None:
+        """rates: learning rates by the parts that train."""
         if bad := [sample for batch in micro_batches for sample in batch.bad]:
             note_bad_samples(self.run, bad)
         self.timers["computing"] += done.seconds
@@ -251,7 +253,7 @@ class Log:
             self.state.skipped_in_a_row = 0
             if self.config.train.spike:
                 self.state.usual = USUAL * self.state.usual + (1 - USUAL) * done.mean if self.state.usual else done.mean
-            for name, value in (("loss", done.loss), ("tokens", done.tokens), ("clips", sum(len(b.keys) for b in micro_batches))):
+            for name, value in (("loss", done.loss), ("tokens", done.tokens), ("clips", sum(bool(key) for b in micro_batches for key in b.keys))):
                 self.state.sums[name] += value
         else:
             self._skipped(done, micro_batches)
@@ -261,11 +263,10 @@ class Log:
         sums = self.ranks.sum(*self.state.sums.values(), self.timers["waiting"], *(busy * (r == self.ranks.rank) for r in range(self.ranks.world_size)))
         (loss, tokens, clips, waiting), each = sums[:4], sums[4:]
         now = time.monotonic()
-        seconds, steps = now - self.last, self.state.step % self.config.train.log_every or self.config.train.log_every
+        seconds, steps = now - self.last, min(self.state.step % self.config.train.log_every or self.config.train.log_every, self.state.step - self.first)
         left = (now - self.began - self.outside) / (self.state.step - self.first) * (self.total - self.state.step)
-        factor = schedule(self.config.train, self.state.step - 1, self.total)
         values = {"loss": loss / max(1, tokens), "clips_per_s": clips / seconds, "data_wait_share": waiting / seconds / self.ranks.world_size}
-        values |= {f"lr_{part}": factor * getattr(self.config.train, f"lr_{part}") for part in ("encoder", "adapter", "language")}
+        values |= {f"lr_{part}": rate for part, rate in ({"encoder": 0.0} | rates).items()}
         values |= {"skipped": self.state.skipped} | (done.norms if done.applied else {})
         self.state.sums, self.timers = dict.fromkeys(self.state.sums, 0.0), dict.fromkeys(self.timers, 0.0)
         self.last = now
@@ -342,12 +343,19 @@ class Log:
 
 def environment(ranks: Ranks) -> dict:
     packages = ("flallm", "torch", "torchaudio", "deepspeed", "transformers", "webdataset", "av", "sacrebleu", "numpy")
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "python": platform.python_version(),
         "host": platform.node(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "world_size": ranks.world_size,
-        "git": git.stdout.strip() or None,
+        "git": revision(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def revision() -> str | None:
+    """The git revision of this code, where it runs from its repository."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    return subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None

@@ -85,12 +85,15 @@ def _clips(path: str, segments: list[tuple[float, float]] | None, window: float,
                 for clip in [clip for clip in under_way if clip.end <= middle]:
                     under_way.remove(clip)
                     yield clip.done(clip.end)
-                for clip in under_way:
+                for clip in list(under_way):
                     clip.take(frame, scaler)
-                    if clip.count > most:
-                        raise ValueError(
-                            f"over {most} frames, {LONGEST} times the longest clip of training, are no sentence: take --window=SECONDS or --segments=FILE"
-                        )
+                    if clip.count <= most:
+                        continue
+                    why = f"over {most} frames, {LONGEST} times the longest clip of training, are no sentence"
+                    if not segments:  # the stretches after it are as long
+                        raise ValueError(f"{why}: take --window=SECONDS or --segments=FILE")
+                    under_way.remove(clip)
+                    yield Translation(path, clip.start, clip.end, error=f"{path} cannot be translated from {clip.start:g} to {clip.end:g} s: {why}"), None
             if first is None:
                 raise ValueError("it holds no frame")
     except BROKEN as error:

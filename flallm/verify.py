@@ -1,7 +1,8 @@
-"""Reads every sample of a folder of shards back: checksums, every frame, keys, and that the tars hold what the index says and no more."""
+"""Reads every sample of a folder of shards back: checksums, every frame or feature, keys, and that the tars hold what the index says and no more."""
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from flallm.corpora import BROKEN, open_video
+from flallm.decoder import DTYPES
 from flallm.encode import TIMEOUT
 from flallm.shards import BadSample, Shards
+from flallm.video import used_frames
 from flallm.workers import Lost, Workers
 
 
@@ -41,15 +44,18 @@ def _verify_shard(folder: str, split: str, number: int, rows: list[int]) -> tupl
     keys, problems = [], []
     for i in rows:
         try:
-            video, meta = shards.read(i)
+            content, meta = shards.read(i)
             keys.append(meta["key"])
-            with open_video(video) as container:
+            if shards.features:
+                problems += _verify_features(content, meta, shards.features, name)
+                continue
+            with open_video(content) as container:
                 frames = sum(1 for _ in container.decode(video=0))
             if frames != meta["num_frames"]:
                 problems.append(f"{name}: {meta['key']} has {frames} frames, {meta['num_frames']} by its JSON")
         except (BadSample, *BROKEN) as error:
             problems.append(f"{name}: sample {i}: {error}")
-    wanted = [f"{key}.{extension}" for key in keys for extension in ("json", "mp4")]
+    wanted = [f"{key}.{extension}" for key in keys for extension in ("json", "npy" if shards.features else "mp4")]
     try:
         with tarfile.open(Path(folder, name), "r:") as tar:
             members = [(member.name, member.isreg()) for member in tar]
@@ -59,3 +65,12 @@ def _verify_shard(folder: str, split: str, number: int, rows: list[int]) -> tupl
         strange = next((m for m, (file, regular) in enumerate(members) if m >= len(wanted) or file != wanted[m] or not regular), len(members))
         problems.append(f"{name}: member {strange} is not the file the index says: the tar was changed")
     return keys, problems
+
+
+def _verify_features(content: bytes, meta: dict, made: dict, name: str) -> list[str]:
+    """The problem of a clip's features (copies, N, C), if there is one."""
+    stored = np.load(io.BytesIO(content), allow_pickle=False)
+    frames = int(used_frames(np.array([meta["num_frames"]]), made["stride"], made["max_frames"])[0])
+    if stored.dtype == DTYPES[made["dtype"]] and stored.shape[1:] == (frames, made["channels"]) and len(stored) in (1, 1 + made["copies"]):
+        return []
+    return [f"{name}: {meta['key']} holds {stored.shape} of {stored.dtype}, not features of {frames} frames and {made['channels']} channels"]

@@ -7,13 +7,7 @@ PATH="${slurm%/*}/../.venv/bin:$PATH"
 
 # flallm_on_all_ranks COMMAND ARGUMENTS…: runs it on every task of the job, and puts the job back in the queue if it is to go on.
 flallm_on_all_ranks() {
-    # Where the ranks meet: the first node by the address that Slurm uses, and a port that two jobs on one node do not share.
-    local first code=0 ranks=${SLURM_GPUS_ON_NODE:-1}
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-    export MASTER_ADDR MASTER_PORT
-
+    local code=0 ranks=${SLURM_GPUS_ON_NODE:-1}
     srun --ntasks-per-node="$ranks" --ntasks=$((SLURM_NNODES * ranks)) --cpus-per-task=$((SLURM_CPUS_PER_TASK / ranks)) \
         --kill-on-bad-exit=1 flallm "$@" || code=$?
     case $code in

@@ -290,10 +290,11 @@ def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twic
     assert result == unbroken
 
 
-def test_runs_of_another_recipe_in_the_same_folder_are_refused(done, overrides, tmp_path):
-    study = Study("demo", "4", 1, [], {**overrides, "train.batch": 8}, done["4"].out)
-    with pytest.raises(UserError, match=r"begun with another recipe: train.batch was 16 and is 8"):
-        study.train(study.runs[0], None)
+@pytest.mark.parametrize(("field", "value", "said"), [("train.batch", 8, "train.batch was 16 and is 8"), ("llm.path", "other", "llm.path was .* and is other")])
+def test_runs_of_another_recipe_in_the_same_folder_are_refused(done, overrides, field, value, said):
+    study = Study("demo", "4", 1, [], {**overrides, field: value}, done["4"].out)
+    with pytest.raises(UserError, match=f"begun with another recipe: {said}. Name another --out"):
+        ablate.ablate(study, "nowhere", 1, "", [])
 
 
 def test_seeds_are_averaged_and_a_difference_that_chance_explains_has_a_high_p():

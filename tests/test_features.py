@@ -10,6 +10,7 @@ from flallm import UserError, engine, evaluate, shards
 from flallm.features import features
 from flallm.loader import Clips
 from flallm.train import train
+from flallm.verify import verify
 
 
 def made(folder: Path) -> dict[str, bytes]:
@@ -38,6 +39,7 @@ def one_rank(config, stage2, out: Path) -> None:
         features(out / "stage1", out / "one", ranks, "bf16", 2)
     features(out / "stage1", out / "one", ranks, "fp32", 2)
     assert made(out / "one") == made(out / "two")
+    assert shards.Shards(out / "one", "train").corpus == {"name": "synthetic"} and [*verify(str(out / "one"), ["train", "dev", "test"], 1)] == []
     features(out / "stage1", out / "bf16", ranks, "bf16", 0)
 
     model, _ = evaluate.load_run(out / "stage1", ranks.device)

@@ -107,6 +107,9 @@ def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_p
     job = cluster.wait_for_job(last)
     assert job["JobState"] == "COMPLETED", [p.read_text() for p in (tmp_path / "out").glob("*.log")]
     assert json.loads((tmp_path / "out/stage2/scores/test.json").read_text())["raw"]["num_samples"] == 7
+    # By hand on two tasks, without a script that says where they meet.
+    cluster.ask("srun", "--ntasks=2", "flallm", "evaluate", str(tmp_path / "out/stage2"), "--split=dev")
+    assert json.loads((tmp_path / "out/stage2/scores/dev.json").read_text())["raw"]["num_samples"] == 8
 
 
 def test_a_table_as_arrays_of_jobs(cluster, recipe, tmp_path):

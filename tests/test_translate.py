@@ -99,6 +99,8 @@ def test_a_video_much_longer_than_what_was_trained_on_is_refused(run, loaded):
     short = cfg.override(config, {"data.max_frames": 12})
     (one,) = translate.translate(model, short, [str(run / "0.mp4")], CPU)
     assert not one.text and "--window" in one.error
+    first, last, long = translate.translate(model, short, [str(run / "0.mp4")], CPU, segments=[(0.0, 0.5), (0.1, 1.4), (0.2, 0.7)])
+    assert "from 0.1 to 1.4 s: over 24 frames" in long.error and first.confidence and last.confidence  # it costs the others nothing
 
 
 @pytest.mark.parametrize("text", ("", "1.0\n", "2 1\n3 2\n", "a b\nc d\n", "0 1\nnan 3\n"))

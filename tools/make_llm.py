@@ -19,7 +19,7 @@ def pretrain(text: str, *, out: str, steps: str = "800") -> cli.Job:
     """
     if not Path(text).is_file():
         raise UserError(f"{text} does not exist")
-    number = cli.whole("steps", steps)
+    number = cli.whole("steps", steps, 1)
 
     def work() -> None:
         from flallm.pretrain import pretrain
