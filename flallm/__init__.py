@@ -1,10 +1,22 @@
 """flallm: gloss-free sign language translation after FLa-LLM (Chen et al. 2024, arXiv 2403.12556)."""
 
+import os
+import tempfile
+from pathlib import Path
+
 __version__ = "0.1.0"
 
 
 class UserError(Exception):
     """A mistake the user can mend: the command prints the message as one line and exits with code 2."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that no reader and no other writer ever sees a part of it."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", errors="replace", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.rename(file.name, path)
 
 
 def load(folder, device="cpu"):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flallm import UserError, metrics, results
+from flallm import UserError, metrics, results, write_whole
 from flallm import config as cfg
 from flallm.config import Config
 
@@ -123,10 +123,15 @@ class Study:
     @cached_property
     def steps(self) -> dict[Run, int]:
         from flallm.loader import Clips
-        from flallm.train import make_plan
+        from flallm.plan import make_plan
 
         configs = {run: self.config(run) for run in self.runs if run.stage != "features"}
-        steps = {run: c.train.steps or make_plan(c, Clips("train", c.data, c.seed), 1).total(c.train.epochs) for run, c in configs.items()}
+
+        def of_epochs(config: Config) -> int:
+            clips = Clips("train", config.data, config.seed)
+            return make_plan(config, clips.used, clips.shards.index["text_length"], 1).total(config.train.epochs)
+
+        steps = {run: config.train.steps or of_epochs(config) for run, config in configs.items()}
         return {run: steps.get(run, 1) for run in self.runs}  # features: one pass
 
     def check_begun(self) -> None:
@@ -190,7 +195,7 @@ class Study:
             began = time.monotonic()
             features(self.folder(run.stage1), folder, ranks, "bf16", 0)
             if ranks.first:
-                (folder / "seconds.txt").write_text(f"{time.monotonic() - began:.1f}")
+                write_whole(folder / "seconds.txt", f"{time.monotonic() - began:.1f}")
             return
         if run.features:
             config = replace(config, data=replace(config.data, shards=str(self.folder(run.features))))
@@ -234,8 +239,8 @@ class Study:
 
         result = self.result()
         stem, text = self.stem, f"{markdown(result)}\n![{self.title}]({self.stem.name}.png)\n"
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=1))
-        stem.with_suffix(".md").write_text(text)
+        write_whole(stem.with_suffix(".json"), json.dumps(result, indent=1))
+        write_whole(stem.with_suffix(".md"), text)
         if self.name == "fig2":
             plots.dominance({name: self._curves(runs[0]) for name, runs in self.rows.items() if name in result["rows"]}, stem.with_suffix(".png"))
         else:

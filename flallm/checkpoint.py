@@ -1,7 +1,7 @@
 """Checkpoints of a run, `checkpoints/step-N/`: what a run needs to go on as if it had never stopped.
 
     model.safetensors      all weights and buffers; rank 0 writes it
-    rank-<r>.safetensors   of each rank: its share of the optimiser's state, its random generators, its BatchNorm statistics
+    rank-<r>.safetensors   of each rank: its share of the optimiser's state, its random generators, and, but rank 0, its buffers
     manifest.json          step, dev BLEU, state, config, versions; size and SHA-256 of every file and of itself
 
 The flow: every rank copies its tensors (`Writer.save`) and trains on while a thread writes them into `.step-N.part/`. Once every

@@ -118,7 +118,7 @@ class Train:
     betas: tuple[float, ...] = (0.9, 0.998)  # of adamw
     weight_decay: float = 1e-3
     warmup: float = 0.0  # share of the steps in which the rates rise from 0; then a cosine falls to 0
-    clip: float = 1.0  # largest norm of the gradient
+    max_grad_norm: float = 1.0  # a gradient with a larger one is scaled down to it
     label_smoothing: float = 0.2  # [P]
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
     mask_frames: int = 0  # in stage 2: SpecAugment's two masks over up to so many of a clip's features in a row, set to 0 in training …

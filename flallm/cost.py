@@ -7,6 +7,7 @@ What they are multiplied with is named in every row, and measured numbers take t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -30,7 +31,7 @@ from flallm.config import Config
 from flallm.loader import Batch, Clips
 from flallm.model.llm import ATTENTION
 from flallm.model.translator import Translator
-from flallm.plan import TEXT_COST, Plan
+from flallm.plan import make_plan
 from flallm.text import Text
 from flallm.video import used_frames
 
@@ -333,34 +334,25 @@ def _lengths(config: Config) -> tuple[np.ndarray, np.ndarray, str, float, bool]:
     )
 
 
-def _text(config: Config):
+@contextlib.contextmanager
+def _text(config: Config) -> Iterator[tuple[Text | Words, Config]]:
     """The tokenizer of the recipe, and the recipe; of a known model neither is fetched, and the recipe names a folder that has its shape alone."""
     shape = SHAPES.get(config.llm.path)
     if not shape or Path(config.llm.path).exists():
-        return Text(config.llm), config
-    folder = tempfile.mkdtemp(prefix="flallm-plan-")
-    (Path(folder) / "config.json").write_text(json.dumps(shape))
-    return Words(shape["vocab_size"]), replace(config, llm=replace(config.llm, path=folder))
+        yield Text(config.llm), config
+        return
+    with tempfile.TemporaryDirectory(prefix="flallm-plan-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        yield Words(shape["vocab_size"]), replace(config, llm=replace(config.llm, path=folder))
 
 
 def _figures(
     config: Config, N: int, device: Device, clips_per_s: float | None, frames, texts, source: str, clip_bytes: float, features: bool
 ) -> Iterator[Figure]:
     train, n = config.train, len(frames)
-    plan = Plan(
-        frames,
-        texts,
-        train.batch,
-        train.micro_batches,
-        N,
-        config.seed,
-        train.batch_frames,
-        TEXT_COST[config.stage],
-        alike=config.encoder.global_batch_norm or config.frozen == "encoder",
-        pool=train.pool,
-    )
+    plan = make_plan(config, frames, texts, N)
     epoch_steps = plan.steps(0)
-    steps = train.steps or int(train.epochs * epoch_steps)
+    steps = train.steps or plan.total(train.epochs)
     work, padded, tokens, micro_batches = [], 0, 0, []
     for step in np.unique(np.linspace(0, epoch_steps - 1, min(STEPS, epoch_steps)).astype(int)):
         groups = plan.step(0, int(step))
@@ -380,11 +372,11 @@ def _figures(
     yield Figure("data", "balance", balance, "", "mean over steps of (mean / max over ranks of frames + what a text costs in frames)")
     yield Figure("data", "padding", 1 - tokens / padded, "%", "of target positions")
 
-    text, shaped = _text(config)
     candidates = {max(micro_batches, key=lambda c: int(frames[c].sum())).tobytes(), max(micro_batches, key=lambda c: len(c) * int(texts[c].max())).tobytes()}
     kind = micro_batches[0].dtype
     largest = [np.frombuffer(c, kind) for c in candidates]
-    dry = [dry_step(shaped, text, frames[c].tolist(), int(texts[c].max()) // TOKEN + 2, features, device.kind) for c in largest]
+    with _text(config) as (text, shaped):
+        dry = [dry_step(shaped, text, frames[c].tolist(), int(texts[c].max()) // TOKEN + 2, features, device.kind) for c in largest]
     which = int(np.argmax([d.activations for d in dry]))
     step, clips = dry[which], largest[which]
     trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))

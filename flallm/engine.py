@@ -208,7 +208,7 @@ def start_engine(model: Translator, config: Train, ranks: Ranks):
         # The plan deals in clips; to DeepSpeed a micro-batch on a rank is one unit.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.micro_batches,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": config.max_grad_norm,
     }
     if computes_in_bf16(config, ranks.device.type):  # fp32 parameters; bf16 ones would cast them but not BatchNorm's buffers
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

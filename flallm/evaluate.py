@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flallm import UserError, checkpoint, engine, metrics
+from flallm import UserError, checkpoint, engine, metrics, write_whole
 from flallm import config as cfg
 from flallm.config import Config, Decode
 from flallm.engine import Ranks
@@ -109,12 +109,11 @@ def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
         scores = metrics.scores(hypotheses, references, names)
         scores["swapped_bleu4"] = swapped_bleu4(predictions, config.convention)
         scores["bad_samples"] = len(bad)
-        for folder, name, text in (
-            ("predictions", f"{split}.jsonl", "".join(json.dumps(vars(p), ensure_ascii=False) + "\n" for p in predictions)),
-            ("scores", f"{split}.json", json.dumps(scores, indent=1)),
-        ):
+        for folder in ("predictions", "scores"):
             (run / folder).mkdir(exist_ok=True)
-            (run / folder / name).write_text(text)
+        (run / f"scores/{split}.json").unlink(missing_ok=True)  # those of predictions before these
+        write_whole(run / f"predictions/{split}.jsonl", "".join(json.dumps(vars(p), ensure_ascii=False) + "\n" for p in predictions))
+        write_whole(run / f"scores/{split}.json", json.dumps(scores, indent=1))
         note_bad_samples(run, bad)
     return scores
 

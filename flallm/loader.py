@@ -35,7 +35,8 @@ class Batch:
     """Clips without any padding of frames.
 
     frames: (F, H, W, 3) uint8, or (F, C) features in their place, those of all clips one after another; lengths: (B,) frames of each clip.
-    labels: (B, L) token ids, `IGNORE` after the end of a text. bad: samples left out, {"key", "cause"}.
+    labels: (B, L) token ids, `IGNORE` after the end of a text. bad: samples left out, {"key", "cause"}. Where all of a batch are, a stand-in
+    without a text and with "" for its key takes their place, so that this rank has something to do.
     """
 
     frames: torch.Tensor

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from flallm import UserError
+from flallm.config import Config
 
 # What a character of text costs the language model, in frames through the encoder: ResNet18 at 224 pixels takes 3.6 GFLOP
 # a frame, three times that when it trains; Light-T's decoder 0.08 GFLOP a token of 4 characters, mBART-large's 1.2.
@@ -130,6 +131,16 @@ class Plan:
         if not self.alike:  # ranks take turns instead, forth and back
             texts = np.abs(np.arange(len(clips)) % (2 * ranks) - ranks + 0.5)
         return [clips[group] for group in share(costs, texts, ranks)]
+
+
+def make_plan(config: Config, frames: np.ndarray, texts: np.ndarray, world_size: int) -> Plan:
+    """A recipe's plan for clips of so many used frames and characters of text."""
+    train = config.train
+    return Plan(
+        frames, texts, train.batch, train.micro_batches, world_size, config.seed, train.batch_frames, TEXT_COST[config.stage],
+        alike=config.encoder.global_batch_norm or config.frozen == "encoder",
+        pool=train.pool,
+    )  # fmt: skip
 
 
 def share(costs: np.ndarray, texts: np.ndarray, groups: int) -> list[np.ndarray]:

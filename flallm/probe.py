@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from flallm import UserError, metrics
+from flallm import UserError, metrics, write_whole
 from flallm.engine import Ranks
 from flallm.evaluate import Prediction, decode_split, load_run
 from flallm.loader import Batch
@@ -49,19 +49,20 @@ def probe(run: Path, split: str, ranks: Ranks) -> dict:
         return {}
     found = _judge(said, right, config.convention) | _parts(right, config.convention, Shards(config.data.shards, split), training_clips(config.data.shards))
     (run / "probes").mkdir(exist_ok=True)
-    (run / "probes" / f"{split}.json").write_text(json.dumps({"split": split} | found, indent=1, ensure_ascii=False))
+    write_whole(run / f"probes/{split}.json", json.dumps({"split": split} | found, indent=1, ensure_ascii=False))
     return found
 
 
 def _noise(batch: Batch) -> Batch:
-    """Every frame noise, or every feature, of the same spread; a clip's own, whatever its batch."""
-    draws = [np.random.default_rng(crc32(key.encode())) for key in batch.keys]
-    if batch.frames.ndim == 2:
-        spread = batch.frames.float().std()
-        frames = [torch.from_numpy(rng.standard_normal((n, batch.frames.shape[1]), np.float32)) * spread for rng, n in zip(draws, batch.lengths.tolist())]
-    else:
-        frames = [torch.from_numpy(rng.integers(0, 256, (n, *batch.frames.shape[1:]), np.uint8)) for rng, n in zip(draws, batch.lengths.tolist())]
-    return replace(batch, frames=torch.cat(frames))
+    """Every frame noise, or every feature, of the spread that the clip's have; a clip's own, whatever its batch."""
+    draws = iter([np.random.default_rng(crc32(key.encode())) for key in batch.keys])
+
+    def noise(frames: torch.Tensor) -> torch.Tensor:
+        if frames.ndim == 2:
+            return torch.from_numpy(next(draws).standard_normal(frames.shape, np.float32)) * frames.float().std()
+        return torch.from_numpy(next(draws).integers(0, 256, frames.shape, np.uint8))
+
+    return _clipwise(batch, noise)
 
 
 def _freeze(batch: Batch) -> Batch:

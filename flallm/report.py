@@ -25,7 +25,7 @@ import yaml
 from markupsafe import Markup
 from sacrebleu.metrics import CHRF
 
-from flallm import UserError, compare, engine, metrics, results
+from flallm import UserError, compare, engine, metrics, results, write_whole
 from flallm import config as cfg
 from flallm.evaluate import load_run
 from flallm.loader import Clips
@@ -95,9 +95,8 @@ def report(run: Path, split: str, clips: int) -> Path:
         "labels": LABELS,
         "conventions": metrics.CONVENTIONS,
     }
-    page, part = run / "report.html", run / "report.html.part"
-    part.write_text(_render(found), encoding="utf-8", errors="replace")
-    part.replace(page)
+    page = run / "report.html"
+    write_whole(page, _render(found))
     return page
 
 

@@ -1,4 +1,4 @@
-"""ROUGE-L and WER as metrics of sacreBLEU, with its bootstrap, paired tests and signatures; the underscored methods are those it asks of a metric.
+"""What sacreBLEU lacks, ROUGE-L, WER and scores by meaning, as metrics of its kind, with its bootstrap, paired tests and signatures; underscored methods are those it asks of one.
 
 An empty hypothesis gets no ROUGE-L and one error for each word of its reference; where the reference is empty too it is perfect.
 """

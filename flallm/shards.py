@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from flallm import UserError
+from flallm import UserError, write_whole
 from flallm.corpora import Clip, LeftOut
 from flallm.encode import Options, encode_all
 from flallm.store import Store
@@ -93,7 +93,7 @@ def begin(out: Path, made_from: dict) -> dict:
             if file != begun:
                 return made
     out.mkdir(parents=True, exist_ok=True)
-    _replace(begun, json.dumps(made_from))
+    write_whole(begun, json.dumps(made_from))
     return {}
 
 
@@ -110,14 +110,6 @@ def _read_made(file: Path) -> dict:
 
 def _row(clip: Clip) -> list:
     return [clip.key, clip.split, clip.text, clip.gloss, clip.signer, clip.media.source]
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that no reader and no other writer ever sees a part of it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.rename(file.name, path)
 
 
 def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str = "") -> dict:
@@ -140,7 +132,7 @@ def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str 
         sizes = [path.stat().st_size for path, of in shards if of == split]
         dataset["splits"][split] = {"clips": len(index["frames"]), "frames": int(index["frames"].sum()), "shard_bytes": sizes}
     dataset["rows_sha256"] = kept.hexdigest()
-    _replace(out / "dataset.json", json.dumps(dataset, indent=1, ensure_ascii=False))
+    write_whole(out / "dataset.json", json.dumps(dataset, indent=1, ensure_ascii=False))
     (out / "dataset.json.part").unlink(missing_ok=True)
     for path, _ in shards:
         path.with_suffix(".rows").unlink(missing_ok=True)

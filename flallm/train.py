@@ -19,7 +19,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from flallm import UserError, checkpoint
+from flallm import UserError, checkpoint, write_whole
 from flallm import config as cfg
 from flallm import engine as engines
 from flallm.checkpoint import State, Writer
@@ -30,7 +30,7 @@ from flallm.loader import Clips, batches
 from flallm.metrics import bleu4
 from flallm.model.llm import save_base
 from flallm.model.translator import Translator
-from flallm.plan import TEXT_COST, Plan, training_groups
+from flallm.plan import make_plan, training_groups
 from flallm.text import Text
 
 # What may differ from the recipe a run was begun with. All else would make the two halves of the run two different runs.
@@ -52,7 +52,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     clips, _ = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
     if clips.features and config.frozen != "encoder":
         raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
-    text, plan = Text(config.llm), make_plan(config, clips, ranks.world_size)
+    text, plan = Text(config.llm), make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
     found = newest(config, run, ranks, data)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
@@ -131,15 +131,6 @@ def give_up(writer: Writer, log: Log, why: str) -> None:
     with contextlib.suppress(checkpoint.DiskError):
         writer.close()
     raise SystemExit(1)
-
-
-def make_plan(config: Config, clips: Clips, world_size: int) -> Plan:
-    texts, train = clips.shards.index["text_length"], config.train
-    return Plan(
-        clips.used, texts, train.batch, train.micro_batches, world_size, config.seed, train.batch_frames, TEXT_COST[config.stage],
-        alike=config.encoder.global_batch_norm or config.frozen == "encoder",
-        pool=train.pool,
-    )  # fmt: skip
 
 
 def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None:
@@ -226,9 +217,7 @@ class Log:
         path = self.run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.state.step]  # the last may be half a line
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(f"{line}\n" for line in kept))
-        part.replace(path)
+        write_whole(path, "".join(f"{line}\n" for line in kept))
 
     def waiting(self) -> Log:
         """A context whose time counts as waiting for data."""

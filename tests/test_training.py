@@ -16,9 +16,10 @@ from flallm.corpora import synthetic
 from flallm.encode import Options
 from flallm.loader import Clips
 from flallm.model.translator import Translator
+from flallm.plan import make_plan
 from flallm.shards import Shards, make_shards
 from flallm.text import Text
-from flallm.train import make_plan, train
+from flallm.train import train
 
 PLAIN_SGD = {"train.optimizer": "sgd", "train.momentum": 0, "train.lr_encoder": 0.1, "train.lr_adapter": 0.1, "train.lr_language": 0.1}
 STEPS = ("step1", "step4", "joint1", "zero3")
@@ -37,7 +38,7 @@ def one_step(config, out: Path) -> None:
     zero = engine.start_engine(model, config.train, ranks)
     bucket = config.train.deepspeed_overrides.get("zero_optimization", {}).get("reduce_bucket_size")
     assert bucket is None or zero.optimizer.reduce_bucket_size == bucket
-    plan = make_plan(config, clips, ranks.world_size)
+    plan = make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
     batches = [clips.batch(model.text, [(0, int(n)) for n in part[ranks.rank]]) for part in plan.step(0, 0)]
     step = engine.train_step(zero, batches, ranks, norms=True)
     with engine.whole(zero):
@@ -100,7 +101,7 @@ def runs(shards, llm, tmp_path_factory):
 def test_weights_after_a_step_on_two_ranks_are_those_of_plain_pytorch_on_the_global_batch(runs, name):
     configs, out = runs
     model, clips = model_and_clips(configs[name])
-    micro_batches = make_plan(configs[name], clips, 1).step(0, 0)
+    micro_batches = make_plan(configs[name], clips.used, clips.shards.index["text_length"], 1).step(0, 0)
     batches = [clips.batch(model.text, [(0, int(n)) for n in part[0]]) for part in micro_batches]
     tokens = sum(batch.tokens for batch in batches)
     for batch in batches:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -25,13 +25,12 @@ from PIL import Image
 from flallm import video
 from flallm.config import Data
 from flallm.corpora import Clip, synthetic
+from flallm.cost import CORPORA
 from flallm.encode import Options
 from flallm.loader import Clips, batches
 from flallm.plan import TEXT_COST, Plan, training_groups
 from flallm.shards import COLUMNS, Shards, _save, make_shards
 
-# Percentiles of PHOENIX14T's train lengths in frames (paper.md, "Data sets"), the ends from the texts there.
-PERCENTILES, FRAMES = (0, 5, 25, 50, 75, 95, 99, 100), (16, 43, 83, 112, 144, 208, 259, 475)
 HEIGHT, WIDTH = 260, 210  # PHOENIX14T's frames
 CLIPS, ROUNDS = 96, 3
 
@@ -147,10 +146,8 @@ def speed(corpus: Corpus) -> None:
 
 
 def lengths(clips: int) -> tuple[np.ndarray, np.ndarray]:
-    """(used frames, characters of text) of clips with PHOENIX14T's lengths; a text has about 0.65 characters a frame, with scatter."""
-    rng = np.random.default_rng(0)
-    frames = np.interp(rng.random(clips) * 100, PERCENTILES, FRAMES).round().astype(np.int32)
-    texts = np.maximum(5, frames * 0.65 * rng.lognormal(0, 0.25, clips)).astype(np.int32)
+    """(used frames, characters of text) of clips with PHOENIX14T's lengths."""
+    frames, texts = replace(CORPORA["phoenix14t"], clips=clips).lengths()
     return video.used_frames(frames, 4, 300), texts
 
 

@@ -70,7 +70,7 @@ def zero2_vs_ddp(out: Path) -> None:
         with engine.precision(config.train, ranks.device):
             objective, _ = ddp(batch)
         (objective * factor).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -38,7 +38,7 @@ class VisualEncoder(nn.Module):
             use_global_batch_norm(self)
 
     def frame_wise(self, frames: torch.Tensor) -> torch.Tensor:
-        """The backbone's features (F, 512)."""
+        """The backbone's features (F, C), 512 of ResNet18's."""
         images = (frames.permute(0, 3, 1, 2) - self.mean) / self.std  # (F, 3, H, W), channels last in memory
         return self.backbone(images).pooler_output.flatten(1)
 
