@@ -4,7 +4,7 @@
 #   slurm/chain.sh RECIPE FOLDER CORPUS ARGUMENTS…
 #   slurm/chain.sh phoenix14t /path/to/folder phoenix14t /path/to/PHOENIX-2014-T-release-v3
 #
-# writes FOLDER/{shards,stage1,features,stage2}; FEATURES="--copies=4" gives options of `flallm features`. CORPUS and what follows go to tools/make_shards.py. SBATCH_OPTIONS="--partition=x --nodes=2"
+# writes FOLDER/{shards,stage1,features,stage2}; FEATURES="--copies=4" gives options of `flallm features`. CORPUS and what follows go to tools/make_shards.py. SBATCH_OPTIONS="--partition=x"
 # gives options of sbatch to every part, TRAINING_OPTIONS, SHARDS_OPTIONS to those alone. Settings of the stages belong in the recipe.
 set -euo pipefail
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=flallm-stage1
 #SBATCH --nodes=1                  # as many as you like. When a node dies, --nodes=4 waits for another, --nodes=1-4 goes on with those left
-#SBATCH --gpus-per-node=8          # of each node; a GPU is a rank
+#SBATCH --gpus-per-node=8          # of each node; a GPU is a rank, and every rank needs one of the clips of train.batch
 #SBATCH --cpus-per-task=64         # of each node: for every GPU data.workers of the recipe, and two more
 #SBATCH --time=24:00:00            # what your partition allows; the job goes on in as many of these as it needs
 #SBATCH --signal=USR1@300          # seconds before that to finish a step and write a checkpoint
@@ -12,7 +12,7 @@
 ##SBATCH --account=…               # likewise
 #
 #   sbatch slurm/stage1.sh phoenix14t --data.shards=/path/to/shards --run_dir=/path/to/run
-#   sbatch --nodes=4 slurm/stage1.sh …           (options of sbatch go before the script)
+#   sbatch --nodes=4 slurm/stage1.sh … --train.batch=256      (options of sbatch go before the script)
 #
 # Everything after the script goes to `flallm stage1`.
 set -euo pipefail
