@@ -64,6 +64,8 @@ class Study:
         if table not in tables:
             raise UserError(f"--table: there is no table {table!r} but {', '.join(tables)}")
         self.recipe, self.name, self.table, self.out, self.seeds = recipe, table, tables[table], out, range(seeds)
+        if "seed" in overrides:
+            raise UserError("--seed: a table has --seeds=n of them, 0 to n - 1")
         self.overrides = every | overrides
         self.usual = {stage: cfg.flat(cfg.load(recipe, stage, self.overrides)) for stage in cfg.STAGES}
         names = [row["name"] for row in self.table["rows"]]

@@ -119,7 +119,10 @@ def last_words(ranks: Ranks) -> Iterator[None]:
         if ranks.world_size == 1:
             raise
         lost = "gloo" in str(error) or isinstance(error, dist.DistError) or "Connection" in type(error).__name__
-        words = _exchange_last_words(ranks, "" if lost else f"{type(error).__name__}: {error}")
+        mine = "" if lost else f"{type(error).__name__}: {error}"
+        words = _exchange_last_words(ranks, mine)
+        if isinstance(error, UserError) and mine in [said for rank, said in words.items() if rank < ranks.rank]:
+            raise SystemExit(2) from None  # it is said
         if not lost:
             raise
         causes = [f"rank {rank}: {said}" for rank, said in words.items() if said] or [
@@ -218,15 +221,23 @@ def start_engine(model: Translator, config: Train, ranks: Ranks):
 
 @contextlib.contextmanager
 def whole(engine) -> Iterator[None]:
-    """Every rank has all weights, and the model computes on each of them by itself: always so but under ZeRO-3, which brings them together
-    here. All ranks enter together."""
-    if engine.zero_optimization_stage() < 3:
-        yield
-        return
-    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+    """Every rank has the model of the checkpoint, and it computes on each of them by itself: all weights, which ZeRO-3 brings together here, and
+    rank 0's statistics where BatchNorm's are each rank's own. All ranks enter together."""
+    moving = moving_statistics(engine.module)
+    own = [t.clone() for t in moving]
+    for tensor in moving:
+        dist.broadcast(tensor, 0)
+    try:
+        if engine.zero_optimization_stage() < 3:
+            yield
+        else:
+            from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
-    with unwrap_model_for_generation(engine):
-        yield
+            with unwrap_model_for_generation(engine):
+                yield
+    finally:
+        for tensor, value in zip(moving, own):
+            tensor.copy_(value)
 
 
 def optimizer_pieces(engine) -> dict[str, torch.Tensor]:
@@ -374,12 +385,15 @@ def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float, most: 
 
     The gradient is that of the mean over all target tokens of the step, wherever they are: DeepSpeed averages over
     ranks and micro-batches, so every sum of losses is multiplied by their number and divided by all tokens. A step whose
-    gradient is not finite on some rank is left out on all of them, and leaves no trace; so is one whose loss of a token is over `most`.
+    gradient is not finite on some rank is left out on all of them, and leaves no trace; so is one whose loss of a token is over `most`, and
+    one without a token on any rank, because none of its clips could be read.
     """
     tokens, moving = sum(batch.tokens for batch in batches), moving_statistics(engine.module)
     before = [t.clone() for t in moving]
     all_tokens, *flags = ranks.sum(tokens, *flags)
-    factor = ranks.world_size * len(batches) / max(1.0, all_tokens)
+    if not all_tokens:
+        return Step(0.0, 0, math.nan, False, flags, 0.0, {})
+    factor = ranks.world_size * len(batches) / all_tokens
     total, seconds, mean, found = 0.0, 0.0, math.nan, {}
     for number, batch in enumerate(batches, 1):
         began = time.monotonic()
@@ -387,7 +401,7 @@ def train_step(engine, batches: list[Batch], ranks: Ranks, *flags: float, most: 
         seconds += time.monotonic() - began
         total += loss
         if most is not None and number == len(batches):
-            mean = ranks.sum(total)[0] / max(1.0, all_tokens)
+            mean = ranks.sum(total)[0] / all_tokens
             if mean > most:
                 factor = math.nan  # and so every rank leaves the step out
         engine.backward(objective * factor)

@@ -122,12 +122,20 @@ class _Ahead:
         shape, dtype = self.clips.shape, self.clips.dtype
         frames = np.frombuffer(memory, dtype, int(self.lengths.sum()) * int(np.prod(shape))).reshape(-1, *shape)
         parts = np.split(frames, self.firsts[1:])
-        results = [self._result(i, part) for i, part in enumerate(parts)]
+        good, keys, texts, labels, bad = [], [], [], [], []
+        for i, part in enumerate(parts):
+            key, said, cause = self._result(i, part)
+            try:
+                ids = [] if cause else text.encode(said)
+            except ValueError as error:
+                cause = str(error)
+            if cause:
+                bad.append({"key": key, "cause": cause})
+                continue
+            for values, value in zip((good, keys, texts, labels), (i, key, said, ids)):
+                values.append(value)
         os.close(self.file)
-        bad = [{"key": key, "cause": cause} for key, _, cause in results if cause]
-        good = [i for i, (_, _, cause) in enumerate(results) if not cause]
-        keys, texts = ([results[i][k] for i in good] for k in (0, 1))
-        labels, lengths = [text.encode(t) for t in texts], self.lengths[good]
+        lengths = self.lengths[good]
         if not good:  # a rank must take part in the step all the same: two black frames, no label
             frames, keys, texts, labels, lengths = np.zeros((2, *shape), dtype), [""], [""], [[IGNORE]], np.array([2])
         elif bad:

@@ -9,6 +9,8 @@ from unicodedata import east_asian_width
 from flallm import UserError
 from flallm.config import LLM, PLACE
 
+PLACES = 1024  # positions of Light-T, and of mBART
+
 
 class Text:
     """A Hugging Face tokenizer with what a decoder needs: what it starts from, where it ends, what is padding.
@@ -35,6 +37,7 @@ class Text:
         # LLaMA and others have no padding token. Any will do: no attention and no loss is computed over padding.
         self.pad = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.start = self._start(llm)
+        self.longest = min(PLACES, getattr(self.config, "max_position_embeddings", PLACES)) - len(self.start)  # tokens, or features
         before, after = ([] if not part else self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in llm.prompt.split(PLACE))
         if not self.config.is_encoder_decoder and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id] != before[:1]:
             before = [self.tokenizer.bos_token_id, *before]  # what LLaMA's tokenizer puts before every text
@@ -59,8 +62,11 @@ class Text:
         return len(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the end token, without the start token."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
+        """The ids of a text, with the end token, without the start token. Raises ValueError where a model has no places for so many."""
+        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
+        if len(ids) > self.longest:
+            raise ValueError(f"its text has {len(ids)} tokens, and {self.longest} is what the language model takes")
+        return ids
 
     def words(self, ids: list[int]) -> list[tuple[str, list[int]]]:
         """The words of an encoded text, each with the places of its tokens; where words have no spaces between them, as in Chinese, what a token adds."""

@@ -53,6 +53,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     if clips.features and config.frozen != "encoder":
         raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
     text, plan = Text(config.llm), make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
+    if (most := -(-int(clips.used.max()) // config.llm.stack)) > text.longest:
+        raise UserError(f"data.max_frames: a clip has {most} features, and {text.longest} is what the language model takes: raise data.stride or llm.stack")
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
     found = newest(config, run, ranks, data)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
@@ -174,7 +176,11 @@ def look_at_dev(model: Translator, config: Config, ranks: Ranks, log: Log) -> fl
     """BLEU-4 on dev, greedy, of the real and of swapped videos."""
     began = time.monotonic()
     greedy = replace(config.decode, beam=1, batch=max(config.decode.batch, 32))
-    predictions, _ = decode_split(model, config, "dev", ranks, greedy, config.train.dev_clips)
+    predictions, bad = decode_split(model, config, "dev", ranks, greedy, config.train.dev_clips)
+    if ranks.first and bad:
+        note_bad_samples(log.run, bad)
+    if not predictions:
+        raise UserError(f"no clip of dev in {config.data.shards} could be decoded, see {log.run}/bad_samples.jsonl")
     real = bleu4([p.hypothesis for p in predictions], [p.reference for p in predictions], config.convention)
     log.dev(real, swapped_bleu4(predictions, config.convention), time.monotonic() - began)
     if ranks.first:
@@ -270,11 +276,14 @@ class Log:
 
     def _skipped(self, done: Step, micro_batches: list) -> None:
         """A step that was left out: it is counted, and the clips of all ranks are written down."""
-        spike = done.mean > self.config.train.spike * self.state.usual > 0
-        why = f"the loss is {done.mean:.3f} where {self.state.usual:.3f} is usual" if spike else "the gradient is not finite"
+        parts = self.ranks.gather({"loss": done.loss, "keys": [key for batch in micro_batches for key in batch.keys if key]})
+        why = "the gradient is not finite"
+        if not any(part["keys"] for part in parts):
+            why = "none of its clips can be read, see bad_samples.jsonl"
+        elif done.mean > self.config.train.spike * self.state.usual > 0:
+            why = f"the loss is {done.mean:.3f} where {self.state.usual:.3f} is usual"
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
-        parts = self.ranks.gather({"loss": done.loss, "keys": [key for batch in micro_batches for key in batch.keys]})
         if self.ranks.first:
             with open(self.run / "skipped.jsonl", "a") as file:
                 file.writelines(json.dumps({"step": self.state.step, "rank": rank, "why": why} | part) + "\n" for rank, part in enumerate(parts))

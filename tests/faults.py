@@ -312,6 +312,22 @@ def not_finite(lab: Lab) -> str:
     return f"step {skipped} left out on both ranks, its {sum(len(x['keys']) for x in noted)} clips named; after 3 in a row the end, at checkpoint {steps(folder)[-1]}"
 
 
+def clips_gone(lab: Lab) -> str:
+    """As when a disk of the network goes away: nothing is learnt from nothing, and the checkpoints stay."""
+    folder, shards = lab.new("gone"), lab.folder / "shards that go"
+    shutil.copytree(lab.settings["data.shards"], shards)
+    run = Run(lab.config(data__shards=str(shards), train__steps=500, train__max_skipped=3, checkpoint__every=1, checkpoint__last=2), folder).reach(3)
+    for tar in shards.glob("train-*.tar"):
+        tar.unlink()
+    assert run.wait() == [1, 1] and "3 steps in a row had to be left out" in run.said and "Traceback" not in run.said, run.said
+    noted = rows(folder / "skipped.jsonl")
+    assert {x["why"] for x in noted} == {"none of its clips can be read, see bad_samples.jsonl"} and len(rows(folder / "bad_samples.jsonl")) > 12
+    assert steps(folder)[-1] < noted[0]["step"] + 3 and all(
+        t.isfinite().all() for t in load_file(folder / f"checkpoints/step-{steps(folder)[-1]}/model.safetensors").values()
+    )
+    return f"from step {noted[0]['step']} on nothing was learnt, after 3 of them the end, at checkpoint {steps(folder)[-1]}"
+
+
 def loss_spike(lab: Lab) -> str:
     folder = lab.new("spike")
     run = Run(lab.config(train__spike=3), folder, plant=At("Translator", "forward", "spike", rank=1, call=4))
@@ -398,6 +414,7 @@ SCENARIOS: dict[str, Callable[[Lab], str]] = {
     "disk full": disk_full,
     "not finite": not_finite,
     "loss spike": loss_spike,
+    "clips gone": clips_gone,
     "SIGTERM to one rank": one_rank_signalled,
     "SIGUSR1 to one rank": lambda lab: one_rank_signalled(lab, signal.SIGUSR1),
     "other world sizes": other_world_sizes,

@@ -71,6 +71,7 @@ def test_names_and_options_are_frozen():
         (["score", "bad.yaml"], "bad.yaml holds no references"),
         (["score", "bad.yaml", "bad.yaml", "--convention=14a"], "no convention '14a', but raw, 13a"),
         (["compare", ".", "."], "has no config.yaml"),
+        (["ablate", "demo", "--table=4", "--seed=3"], "a table has --seeds=n of them"),
         (["ablate", "demo", "--table=3"], "no table '3' but 4, 5"),
         (["ablate", "demo", "--table=4", "--rows=jiont"], "no row 'jiont' but joint, factorised"),
         (["ablate", "demo", "--table=4"], "make them with tools/make_shards.py"),

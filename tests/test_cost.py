@@ -39,18 +39,19 @@ def test_a_dry_step_has_the_models_parameters_and_the_operations_of_its_layers()
 
 def test_a_frozen_encoder_keeps_no_activations_and_has_no_backward_pass():
     config = recipe("stage2", **{"llm.path": "google/mt5-base"})
-    text, config = cost._text(config)
-    few, many = (cost.dry_step(config, text, [n], 4) for n in (30, 60))
+    with cost._text(config) as (text, config):
+        few, many = (cost.dry_step(config, text, [n], 4) for n in (30, 60))
+        from_features = cost.dry_step(config, text, [60], 4, features=True)
     assert few.encoder_flops == pytest.approx(30 * 2 * 1.83e9, rel=0.04)
     assert few.parts["encoder"][0] == 0 and few.parts["language"][1] == 0
     assert few.parts["language"][0] == pytest.approx(582.4e6, rel=1e-3)  # mT5-base's published 580 M
-    from_features = cost.dry_step(config, text, [60], 4, features=True)
     assert from_features.encoder_flops == 0 and from_features.activations <= many.activations
 
 
 def test_with_lora_only_the_updates_have_states():
-    text, config = cost._text(recipe("stage2", **{"llm.path": "meta-llama/Llama-2-7b-hf", "llm.lora.rank": 16, "llm.lora.targets": ["q_proj", "v_proj"]}))
-    step = cost.dry_step(config, text, [20], 8, features=True)
+    config = recipe("stage2", **{"llm.path": "meta-llama/Llama-2-7b-hf", "llm.lora.rank": 16, "llm.lora.targets": ["q_proj", "v_proj"]})
+    with cost._text(config) as (text, config):
+        step = cost.dry_step(config, text, [20], 8, features=True)
     assert step.parts["language"] == (32 * 2 * 2 * 16 * 4096, 6_738_415_616)  # 32 layers, two matrices of 4096 x 4096; LLaMA 2 as published
 
 

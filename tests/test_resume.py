@@ -1,5 +1,6 @@
 """A run that is stopped goes on as if it had not been. One process group of two plays many scenarios; in others, from `make faults`, processes die."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from flallm import UserError, checkpoint, engine
 from flallm import config as cfg
+from flallm.config import Checkpoint
 from flallm.evaluate import load_run
 from flallm.model.translator import Translator
 from flallm.text import Text
@@ -140,6 +142,17 @@ def test_the_best_weights_come_back_and_altered_ones_are_refused(runs, tmp_path)
     checkpoint.load(run, model)
     saved = load_file(checkpoint.best(run) / "model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items() if name in saved)
+    # The best one is neither the first nor the last.
+    path = run / "checkpoints/step-3/manifest.json"
+    manifest = json.loads(path.read_text()) | {"dev_bleu4": 5.0}
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest | {"sha256": checkpoint._digest(manifest)}))
+    assert checkpoint.best(run).name == "step-3"
+    checkpoint.load(run, model)
+    best, name = load_file(run / "checkpoints/step-3/model.safetensors"), "encoder.temporal.weight"
+    assert torch.equal(best[name], model.state_dict()[name]) and not torch.equal(best[name], saved[name])
+    checkpoint._remove_old(run / "checkpoints", Checkpoint(last=1))
+    assert {p.name for p in (run / "checkpoints").glob("step-*")} == {"step-3", "step-6"}
     damage("flipped", checkpoint.best(run))
     with pytest.raises(UserError, match="altered"):
         checkpoint.load(run, model)
@@ -158,11 +171,12 @@ def lab(shards, llm, tmp_path_factory):
         lambda lab: faults.killed_while_saving(lab, ("before the manifest",)),
         faults.not_finite,
         faults.loss_spike,
+        faults.clips_gone,
         faults.one_rank_signalled,
         lambda lab: faults.other_world_sizes(lab, ("stage2",)),
         faults.two_runs_in_one_folder,
     ],
-    ids=["all killed", "one killed", "killed while saving", "not finite", "loss spike", "SIGTERM to one", "other world sizes", "two runs"],
+    ids=["all killed", "one killed", "killed while saving", "not finite", "loss spike", "clips gone", "SIGTERM to one", "other world sizes", "two runs"],
 )
 def test_faults(lab, scenario):
     try:

@@ -47,8 +47,9 @@ CASES = {
 }
 
 
-def figure(name: str, value: float, unit: str, **more) -> None:
-    print(json.dumps({"figure": name, "value": round(value, 4), "unit": unit, "device": torch.cuda.get_device_name(), **more}), flush=True)
+def figure(name: str, value: float | None, unit: str, **more) -> None:
+    value = value if value is None else round(value, 4)
+    print(json.dumps({"figure": name, "value": value, "unit": unit, "detail": {"device": torch.cuda.get_device_name(), **more}}), flush=True)
 
 
 def card() -> cost.Device:
@@ -95,7 +96,7 @@ def steps(out: Path, names: Iterable[str] = CASES) -> None:
             try:
                 seconds, allocated, reserved, context = there.get()
             except RuntimeError as error:
-                print(json.dumps({"figure": name, "error": str(error).splitlines()[0]}), flush=True)
+                figure(name, None, "MFU", error=str(error).splitlines()[0])
                 continue
         figure(
             name, dry.flops / seconds / card().tflops / 1e12, "MFU", ms=round(seconds * 1000, 1), clips_per_s=round(len(lengths) / seconds, 1), frames=sum(lengths),

@@ -54,6 +54,7 @@ def efficiency() -> None:
     _say(
         "cost_fit_r2",
         np.corrcoef(frames, seconds)[0, 1] ** 2,
+        "ratio",
         f"{a * 1e3:.0f} ms a micro-batch + {b * 1e3:.1f} ms a frame of 112 pixels; scatter {scatter.std():.3f} of it",
     )
     lengths, texts = cost.CORPORA["web"].lengths()
@@ -67,6 +68,7 @@ def efficiency() -> None:
         _say(
             f"parallel_efficiency_{ranks}",
             np.mean(shares),
+            "ratio",
             f"mean over {len(shares)} steps of mean / max work of a rank, 8 clips each of the web corpus' lengths",
         )
 
@@ -80,8 +82,8 @@ def _seconds(model: Translator, frames: int) -> float:
     return time.process_time() - began
 
 
-def _say(figure: str, value: float, detail: str) -> None:
-    print(json.dumps({"figure": figure, "value": round(float(value), 4), "detail": detail}), flush=True)
+def _say(figure: str, value: float, unit: str, detail: str) -> None:
+    print(json.dumps({"figure": figure, "value": round(float(value), 4), "unit": unit, "detail": detail}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from transformers import MBartConfig, MBartForConditionalGeneration
 
 from flallm.config import LightT
 from flallm.model.llm import HERE
-from flallm.text import Text
+from flallm.text import PLACES, Text
 
 
 def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
@@ -23,7 +23,7 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
             d_model=config.width,
             dropout=config.dropout,
             attention_dropout=0.0,
-            max_position_embeddings=1024,
+            max_position_embeddings=PLACES,
             tie_word_embeddings=False,
             pad_token_id=text.pad,
             eos_token_id=text.end,
