@@ -283,6 +283,9 @@ def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twic
     assert again.returncode == 0, again.stderr
     assert f"{first.name}" not in [line.removeprefix("== ") for line in again.stdout.splitlines() if line.startswith("== ")]
     assert before and before == {path: path.stat().st_mtime_ns for path in study.folder(first).rglob("*") if path.is_file()}
+    for run in study.runs:
+        one, other = (load_file(checkpoint.best(s.folder(run)) / "model.safetensors") for s in (study, done["4"]))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     unbroken, result = done["4"].result()["rows"]["factorised"], json.loads((tmp_path / "out/table-4.json").read_text())["rows"]["factorised"]
     for row in (unbroken, result):
         del row["hours"]

@@ -43,7 +43,7 @@ def train_and_probe(configs, out):
 def again(run, out):
     ranks = engine.join()
     if ranks.first:
-        shutil.copytree(run, out)
+        shutil.copytree(run, out, ignore=shutil.ignore_patterns("predictions", "scores", "probes"))
     ranks.gather(None)
     evaluate(out, "dev", ranks)
     probe(out, "dev", ranks)
@@ -81,9 +81,8 @@ def test_probes_tell_a_run_that_sees_from_one_that_cannot(runs):
     assert seeing["groups"]["sentence is in the training text"]["num_samples"] == CLIPS and seeing["overlap"]["hypothesis"]["sentences"] == 1
 
 
-@pytest.mark.parametrize("ranks", (2, 3))
-def test_every_figure_is_the_same_on_any_number_of_ranks(runs, tmp_path, ranks):
-    engine.launch(again, ranks, runs / "seeing", tmp_path / "run")
+def test_every_figure_is_the_same_on_another_number_of_ranks(runs, tmp_path):
+    engine.launch(again, 2, runs / "seeing", tmp_path / "run")  # 3 clips for one rank and 2 for the other
     for name in ("predictions/dev.jsonl", "scores/dev.json", "probes/dev.json"):
         assert (tmp_path / "run" / name).read_bytes() == (runs / "seeing" / name).read_bytes(), name
 
