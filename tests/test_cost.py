@@ -6,13 +6,10 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from faults import ZERO3
-from models import save
 
 from flallm import UserError, cost
 from flallm import config as cfg
-from flallm.model.llm import load_llm
 from flallm.model.translator import Translator
 
 A100 = cost.DEVICES["a100-80"]
@@ -78,24 +75,19 @@ def test_with_checkpointing_one_layer_is_alive_at_a_time(tmp_path):
     assert most[16] - most[4] < 12 * 2 * 38 * 1024 * 4 * 2 < 12 * 25e6 / 10
 
 
-def test_a_known_model_is_planned_without_its_weights():
-    with cost._text(recipe("stage2")) as (_, config), torch.device("meta"):
-        assert load_llm(config.llm, weights=False).num_parameters() == pytest.approx(610.9e6, rel=1e-3)  # mBART-large as published
-
-
-def test_zero_shares_states_out_and_the_run_is_the_same_run(tmp_path):
-    small = {"train.batch": 32, "llm.path": str(save("mbart", tmp_path / "mbart"))}
-    one, eight = (figures(recipe("stage2", **small), n) for n in (1, 8))
+def test_zero_shares_states_out_and_the_run_is_the_same_run():
+    one, eight = (figures(recipe("stage2", **{"train.batch": 32}), n) for n in (1, 8))
     for name in ("memory/master weights", "memory/moments", "memory/gradients"):
         assert eight[name] == one[name] / 8
     assert eight["memory/weights"] == one["memory/weights"] == 4 * (one["parameters/trained"] + one["parameters/frozen"])
+    assert one["parameters/trained"] == pytest.approx(610.9e6 + 2.1e6, rel=1e-3)  # mBART-large as published, and the adapter
     assert one["communication/gradients"] == 0 < eight["communication/gradients"]
     assert eight["data/steps"] == one["data/steps"]
-    three = figures(recipe("stage2", **small, **{"train.deepspeed": ZERO3}), 8)
+    three = figures(recipe("stage2", **{"train.batch": 32, "train.deepspeed": ZERO3}), 8)
     assert three["memory/weights"] == one["memory/weights"] / 8 and three["memory/master weights"] == 0
     assert three["memory/weights"] + three["memory/other ranks'"] == one["memory/weights"]
     assert three["memory/peak"] < eight["memory/peak"] and three["communication/weights"] > 2 * eight["communication/weights"]
-    given = figures(recipe("stage2", **small), 8, clips_per_s=100.0)
+    given = figures(recipe("stage2", **{"train.batch": 32}), 8, clips_per_s=100.0)
     assert given["time/run"] == pytest.approx(7096 * 40 / 100, rel=0.01)
     assert given["time/run"] == pytest.approx(given["time/step"] * given["data/steps"])
 

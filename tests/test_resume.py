@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from flallm import UserError, checkpoint, engine
 from flallm import config as cfg
 from flallm.config import Checkpoint
+from flallm.corpora import synthetic
+from flallm.encode import Options
 from flallm.evaluate import load_run
 from flallm.model.translator import Translator
+from flallm.shards import make_shards
 from flallm.text import Text
 from flallm.train import train
 
@@ -70,6 +73,10 @@ def two_ranks(configs: dict, out: Path) -> None:
     train(configs["few"], out / "few", ranks)
     with pytest.raises(UserError) as refused:
         train(configs["other"], out / "stage1", ranks)
+    train(configs["clock"], out / "clock", ranks)
+    for name, said in (("elsewhere", "begun with other data: data.shards had 24 clips and has 8"), ("stride", "data.stride is 8 here but 4 in .*stage1")):
+        with pytest.raises(UserError, match=said):
+            train(configs[name], out / ("stage1" if name == "elsewhere" else name), ranks, out / "stage1")
     with pytest.raises(UserError, match="reduce_bucket_sze in "):
         train(configs["typo"], out / "typo", ranks)
     (out / "refused.txt").write_text(str(refused.value))
@@ -82,6 +89,8 @@ def runs(shards, llm, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("runs")
 
+    make_shards(synthetic.clips(train=8, dev=2, test=1, size=36), out / "shards", Options(), {"name": "synthetic"})
+
     def make(stage, **overrides):
         return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **overrides})
 
@@ -93,6 +102,9 @@ def runs(shards, llm, tmp_path_factory):
         "zero3": make("joint", **SHORT | {"train.deepspeed": ZERO3}),
         "lora": make("stage2", **SHORT, **{"llm.path": str(save("llama", out / "llama")), "llm.lora.rank": 4, "llm.prompt": "we saw {video} and"}),
         "few": make("stage1", **SHORT | {"checkpoint.every": 1, "checkpoint.last": 1, "checkpoint.every_nth": 4}),
+        "clock": make("stage1", **SHORT | {"checkpoint.every": 0, "checkpoint.minutes": 1e-6, "checkpoint.last": 10}),
+        "elsewhere": make("stage1", **SHORT, **{"light_t.dropout": 0.1, "data.shards": str(out / "shards")}),
+        "stride": make("stage2", **SHORT | {"data.stride": 8}),
         "other": make("stage1", **SHORT | {"train.log_every": 2, "train.lr_encoder": 0.5, "checkpoint.last": 1}),
         "typo": make("stage1", **{"train.deepspeed_overrides.zero_optimization.reduce_bucket_sze": "2e8"}),
     }
@@ -127,6 +139,11 @@ def test_the_last_the_best_and_every_nth_checkpoint_are_kept(runs):
     _, out = runs
     scores = {x["dev_bleu4"]: x["step"] for x in rows(out / "few/metrics.jsonl") if "dev_bleu4" in x}
     assert {p.name for p in (out / "few/checkpoints").iterdir()} == {"step-4", "step-6", f"step-{scores[max(scores)]}"}
+
+
+def test_a_checkpoint_is_written_when_its_time_has_come(runs):
+    _, out = runs
+    assert {p.name for p in (out / "clock/checkpoints").iterdir()} == {f"step-{n}" for n in range(1, 7)}
 
 
 def test_a_changed_recipe_is_refused_with_what_differs_and_matters(runs):
