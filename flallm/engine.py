@@ -72,7 +72,9 @@ def join(timeout: float = 600) -> Ranks:
     """
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # one task alone may be a shell of `srun --pty`
-        env.update(_slurm_rendezvous(), RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+        if "MASTER_ADDR" not in env:
+            env.update(_slurm_rendezvous())
     if "RANK" not in env:
         # Port 0: the one that is free once it is opened. One asked for beforehand can be gone by then.
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
