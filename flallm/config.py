@@ -250,9 +250,10 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
     if config.llm.prompt.count(PLACE) != 1:
         raise UserError(f"llm.prompt: {config.llm.prompt!r} must hold {PLACE} once, the place of the features")
+    values = flat(config)
     for least, names in LEAST.items():
         for name in names:
-            if (value := flat(config)[name]) is not None and value < least:
+            if (value := values[name]) is not None and value < least:
                 raise UserError(f"{name}: {value} is less than {least}")
     if config.train.steps is None and config.train.epochs <= 0:
         raise UserError(f"train.epochs: {config.train.epochs} is not more than 0")

@@ -120,7 +120,7 @@ def last_words(ranks: Ranks) -> Iterator[None]:
     except Exception as error:
         if ranks.world_size == 1:
             raise
-        lost = "gloo" in str(error) or isinstance(error, dist.DistError) or "Connection" in type(error).__name__
+        lost = not isinstance(error, UserError) and ("gloo" in str(error) or isinstance(error, dist.DistError) or "Connection" in type(error).__name__)
         mine = "" if lost else f"{type(error).__name__}: {error}"
         words = _exchange_last_words(ranks, mine)
         if isinstance(error, UserError) and mine in [said for rank, said in words.items() if rank < ranks.rank]:
