@@ -214,8 +214,10 @@ def _read_dataset(store: Store, folder: str) -> dict:
         splits, features, corpus = dataset["splits"], dataset.setdefault("features", {}), dataset.setdefault("corpus", {})
         if not isinstance(corpus, dict):
             raise ValueError("its corpus is none")
-        counts = ("channels", "copies", "stride", "max_frames")
-        if features and not (all(isinstance(features[name], int) for name in counts) and features["dtype"] in ("bf16", "fp16", "fp32")):
+        least = {"channels": 1, "copies": 0, "stride": 1, "max_frames": 1}
+        if features and not (
+            all(isinstance(features[name], int) and features[name] >= at for name, at in least.items()) and features["dtype"] in ("bf16", "fp16", "fp32")
+        ):
             raise ValueError("its features are none")
         if not all(isinstance(s["clips"], int) and all(isinstance(b, int) for b in s["shard_bytes"]) for s in splits.values()):
             raise ValueError("a count is none")

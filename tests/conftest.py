@@ -1,6 +1,8 @@
 """What tests share: a small corpus in shards and a small language model, made once a session by the product itself."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +14,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks share this machine's co
 
 import pytest
 
+from flallm import cli
 from flallm import config as cfg
 from flallm.corpora import synthetic
 from flallm.encode import Options
@@ -54,3 +57,17 @@ def small(shards, llm):
         return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **(overrides or {})})
 
     return make
+
+
+@pytest.fixture
+def flallm(monkeypatch, capsys):
+    """The command line as a function, `flallm("score", …, cwd=folder)`, in this process: one of its own would load torch for every line."""
+
+    def command(*words: object, cwd: Path) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["flallm", *map(str, words)])
+        capsys.readouterr()
+        code = cli.run(cli.COMMANDS, "flallm")
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    return command

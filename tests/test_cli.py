@@ -10,10 +10,6 @@ from flallm import cli
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 
-def flallm(*arguments, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "flallm", *arguments], capture_output=True, text=True, cwd=cwd)
-
-
 def test_names_and_options_are_frozen():
     """People script against these: a change here is a change of the contract."""
     import make_shards
@@ -81,7 +77,7 @@ def test_names_and_options_are_frozen():
         (["stage1", "demo", "--data.shards=none"], "make them with tools/make_shards.py"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, flallm):
     (tmp_path / "bad.yaml").write_text("data: {workers: two}\n")
     result = flallm(*arguments, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
@@ -91,5 +87,5 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
 
 
 def test_help_names_every_option(tmp_path):
-    result = flallm("stage2", "--help", cwd=tmp_path)
+    result = subprocess.run([sys.executable, "-m", "flallm", "stage2", "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and "run_dir" in result.stdout and "stage1" in result.stdout

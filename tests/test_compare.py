@@ -4,8 +4,6 @@ import collections
 import gzip
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 
@@ -15,10 +13,6 @@ from flallm.compare import compare
 HYPOTHESES = ["the cat sat on the mat", "", "a dog\u2028barks"]
 REFERENCES = ["the cat sat on a mat", "nothing here", "a dog barks"]
 KEYS = ["c", "a", "b"]
-
-
-def flallm(*arguments, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "flallm", *arguments], capture_output=True, text=True, cwd=cwd)
 
 
 def rows(hypotheses=HYPOTHESES, references=REFERENCES):
@@ -41,7 +35,7 @@ def gzipped(path, content):
     return path
 
 
-def test_score_prints_the_contract_for_text_and_for_a_runs_predictions(tmp_path):
+def test_score_prints_the_contract_for_text_and_for_a_runs_predictions(tmp_path, flallm):
     text(tmp_path / "hyp.txt", HYPOTHESES)
     text(tmp_path / "ref.txt", REFERENCES)
     jsonl(tmp_path / "predictions.jsonl", rows())
@@ -128,7 +122,7 @@ def runs(tmp_path):
     return a, b, said_a, references
 
 
-def test_compare_shows_scores_with_tests_the_configs_and_the_sentences(runs, tmp_path):
+def test_compare_shows_scores_with_tests_the_configs_and_the_sentences(runs, tmp_path, flallm):
     *_, said_a, references = runs
     result = flallm("compare", "a", "b", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -10,7 +10,7 @@ from conftest import SMALL
 from models import save
 
 from flallm import config as cfg
-from flallm import engine
+from flallm import engine, load
 from flallm.evaluate import evaluate
 from flallm.shards import Shards
 from flallm.train import train
@@ -39,15 +39,11 @@ def trained(shards, llm, tmp_path_factory) -> Path:
     return out
 
 
-def flallm(*words) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "flallm", *map(str, words)], capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("name,options", [("stage1", []), ("stage2", []), ("lora", []), ("lora", ["--lora=separate"])])
-def test_three_lines_of_python_say_what_the_run_says(trained, tmp_path, name, options):
-    said = flallm("translate", trained / name, trained / "clip.mp4")
-    assert said.returncode == 0 and said.stdout.strip()
-    done = flallm("export", trained / name, tmp_path / "out", *options)
+def test_three_lines_of_python_say_what_the_run_says(trained, tmp_path, flallm, name, options):
+    said = load(trained / name).translate(trained / "clip.mp4")
+    assert said
+    done = flallm("export", trained / name, tmp_path / "out", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/llm/model.safetensors").is_file() == bool(options)
     program = f"import flallm\nmodel = flallm.load({str(tmp_path / 'out')!r})\nprint(model.translate({str(trained / 'clip.mp4')!r}))"
@@ -56,12 +52,12 @@ def test_three_lines_of_python_say_what_the_run_says(trained, tmp_path, name, op
         alone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     finally:
         os.rename(tmp_path / "away", trained / name)
-    assert alone.stdout.splitlines()[-1:] == said.stdout.splitlines()[-1:], alone.stderr
-    assert flallm("export", trained / name, tmp_path / "out").returncode == 2
+    assert alone.stdout.splitlines()[-1:] == [said], alone.stderr
+    assert flallm("export", trained / name, tmp_path / "out", cwd=tmp_path).returncode == 2
 
 
-def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_path):
-    assert flallm("export", trained / "lora", tmp_path / "out", "--license=cc-by-nc-4.0").returncode == 0
+def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_path, flallm):
+    assert flallm("export", trained / "lora", tmp_path / "out", "--license=cc-by-nc-4.0", cwd=tmp_path).returncode == 0
     card = (tmp_path / "out/README.md").read_text()
     for part in ("synthetic, 24 training clips", "| test | raw |", "tok:none", "license: cc-by-nc-4.0", "## Limits"):
         assert part in card

@@ -70,6 +70,9 @@ def one_rank(config, stage2, out: Path) -> None:
     dataset.write_text(json.dumps(said | {"features": said["features"] | {"stride": 8}}))
     with pytest.raises(UserError, match=r"data\.stride=8, not 4"):
         evaluate.evaluate(out / "stage2-fp32", "test", ranks)
+    dataset.write_text(json.dumps(said | {"features": said["features"] | {"stride": 0}}))
+    with pytest.raises(UserError, match="its features are none"):
+        shards.Shards(out / "one", "test")
 
 
 def test_features_take_the_place_of_video(small, tmp_path):

@@ -90,7 +90,7 @@ def runs(shards, llm, tmp_path_factory):
 
     short = {"train.steps": 6, "train.log_every": 1, "train.dev_every": 6, **GLOBAL}
     overfit = {
-        "train.steps": 260,
+        "train.steps": 160,
         "train.batch": 8,
         "light_t.width": 128,
         "encoder.widths": [16, 32, 32, 64],
@@ -106,7 +106,7 @@ def runs(shards, llm, tmp_path_factory):
         "zero3": make("joint", **PLAIN_SGD, **GLOBAL, **{"llm.dropout": 0, "train.micro_batches": 2, "train.deepspeed": ZERO3}),
         "stage1": make("stage1", **short),
         "stage2": make("stage2", **short),
-        "overfit": make("stage1", out / "eight", **overfit, **{"train.dev_every": 130}),
+        "overfit": make("stage1", out / "eight", **overfit, **{"train.dev_every": 160}),
     }
     engine.launch(two_ranks, 2, configs, out)
     engine.launch(one_rank, 1, configs, out)
