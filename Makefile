@@ -19,7 +19,7 @@ paper: install
 	for table in 4 9 fig2; do \
 		.venv/bin/flallm ablate demo --table=$$table --ranks=2 --out=flallm-paper --data.shards=flallm-paper/shards --llm.path=flallm-paper/llm || exit 1; \
 	done
-	cd flallm-paper && cat table-4.md table-9.md fig2.md > README.md
+	.venv/bin/flallm report flallm-paper/runs/stage2/seed0
 
 lint: install
 	.venv/bin/ruff check .

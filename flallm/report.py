@@ -89,7 +89,7 @@ def report(run: Path, split: str, clips: int) -> Path:
         "time": _time(rows),
         "bad": Counter((str(b.get("key")), str(b.get("cause"))) for b in _jsonl(run / "bad_samples.jsonl")).most_common(),
         "skipped": sorted({row.get("step") for row in _jsonl(run / "skipped.jsonl")} - {None}),
-        "tables": [_table(path) for path in sorted({*run.parent.glob("table-*.md"), *run.parent.glob("fig*.md")})],
+        "tables": [_table(path) for path in _tables(run)],
         "sentences": sentences,
         "notes": notes,
         "labels": LABELS,
@@ -98,6 +98,11 @@ def report(run: Path, split: str, clips: int) -> Path:
     page = run / "report.html"
     write_whole(page, _render(found))
     return page
+
+
+def _tables(run: Path) -> list[Path]:
+    """Those beside the run, and those of the study it is a run of: OUT/runs/NAME/seed0 is one of OUT/table-4.md."""
+    return sorted({path for folder in run.resolve().parents[:3] for pattern in ("table-*.md", "fig*.md") for path in folder.glob(pattern)})
 
 
 def _table(path: Path) -> dict:

@@ -64,7 +64,7 @@ def runs(llm, tmp_path_factory):
     table = {
         "title": "Table 9, what is frozen",
         "rows": {"nothing": {"bleu4": {"mean": 3.0, "values": [3.0], "ci95": [2.0, 4.0]}, "paper": {}}},
-    }  # as flallm ablate leaves it beside its runs
+    }  # as flallm ablate leaves it
     (out / "table-9.md").write_text(
         "**Table 9, what is frozen**\n\n| | B4 [95 %] |\n|---|---|\n| nothing | 3.00 [2.00, 4.00] |\n\ndemo, one seed\n\n![x](table-9.png)\n"
     )
@@ -175,7 +175,10 @@ def test_hostile_text_neither_runs_nor_breaks_the_page(runs, chromium, tmp_path)
 
 
 def test_the_page_of_a_run_that_failed_early_opens(runs, chromium, tmp_path):
-    (tmp_path / "run").mkdir()
-    shutil.copy(runs / "seeing/config.yaml", tmp_path / "run")
-    page, said = opened(chromium, report.report(tmp_path / "run", "test", 4))
+    run = tmp_path / "runs/stage1/seed0"  # of flallm ablate
+    run.mkdir(parents=True)
+    shutil.copy(runs / "seeing/config.yaml", run)
+    shutil.copy(runs / "table-9.md", tmp_path)
+    page, said = opened(chromium, report.report(run, "test", 4))
     assert "flallm evaluate" in page.locator(".notes").inner_text() and said == []
+    assert "what is frozen" in page.locator("#ablations").inner_text()
