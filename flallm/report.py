@@ -102,7 +102,9 @@ def report(run: Path, split: str, clips: int) -> Path:
 
 def _tables(run: Path) -> list[Path]:
     """Those beside the run, and those of the study it is a run of: OUT/runs/NAME/seed0 is one of OUT/table-4.md."""
-    found = {path for folder in run.resolve().parents[:3] for pattern in ("table-*.md", "fig*.md") for path in folder.glob(pattern)}
+    folder = run.resolve().parent
+    folders = [folder, folder.parent.parent] if folder.parent.name == "runs" else [folder]
+    found = {path for folder in folders for pattern in ("table-*.md", "fig*.md") for path in folder.glob(pattern)}
     return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", path.stem)])  # 10 comes after 9
 
 
