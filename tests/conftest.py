@@ -1,8 +1,10 @@
 """What tests share: a small corpus in shards and a small language model, made once a session by the product itself."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,12 +15,18 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # … and a thread that waits is to l
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks share this machine's cores and could not share a GPU; test_gpu.py sees what there is
 
 import pytest
+import torch.multiprocessing
 
 from flallm import cli
 from flallm import config as cfg
 from flallm.corpora import synthetic
 from flallm.encode import Options
 from flallm.shards import make_shards
+
+# Ranks start from a process that has imported everything: of a rank of a test that is nearly all.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["flallm.train", "flallm.plots", "deepspeed.runtime.zero.muon.original_muon", "torch.utils.tensorboard"])
+torch.multiprocessing.spawn = partial(torch.multiprocessing.start_processes, start_method="forkserver")
 
 SMALL = {
     "encoder.stem": 8,

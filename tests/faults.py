@@ -9,7 +9,6 @@ that starting takes a second. `plant`s go wrong inside a rank: they wrap the cal
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import SMALL
+from conftest import FORK, SMALL
 from safetensors.torch import load_file
 
 from flallm import UserError, checkpoint, cli, engine
@@ -32,8 +31,6 @@ from flallm.loader import Batch
 from flallm.model.translator import Translator
 from flallm.train import train
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["deepspeed", "flallm.train", "torch.utils.tensorboard"])
 ZERO3 = str(Path(__file__).parents[1] / "ds_configs/zero3.json")
 DAMAGE = {"truncated": "rank-1.safetensors", "removed": "model.safetensors", "flipped": "model.safetensors", "manifest": "manifest.json"}
 SHORT = {"train.steps": 6, "train.batch": 12, "train.log_every": 1, "train.dev_every": 3, "checkpoint.every": 2, "checkpoint.last": 20}

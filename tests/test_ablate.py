@@ -265,13 +265,13 @@ def test_the_table_stands_beside_the_papers_numbers(done):
     assert done["fig2"].write() and all(s.stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" for s in (done["9"], done["fig2"]))
 
 
-def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twice(done, overrides, tmp_path):
-    command = [sys.executable, "-m", "flallm", "ablate", "demo", "--table=4", "--rows=factorised", f"--out={tmp_path}/out"]
+def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twice(done, overrides, tmp_path, flallm):
+    command = ["ablate", "demo", "--table=4", "--rows=factorised", f"--out={tmp_path}/out"]
     command += [f"--{name}={value}" for name, value in overrides.items()]
     study = Study("demo", "4", 1, ["factorised"], overrides, tmp_path / "out")
     first, second = study.runs
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-m", "flallm", *command], stdout=log, stderr=log, start_new_session=True)
         try:
             while not (study.folder(second) / "metrics.jsonl").exists():
                 assert process.poll() is None, (tmp_path / "log").read_text()
@@ -279,9 +279,9 @@ def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twic
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     before = {path: path.stat().st_mtime_ns for path in study.folder(first).rglob("*") if path.is_file()}
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = flallm(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert f"{first.name}" not in [line.removeprefix("== ") for line in again.stdout.splitlines() if line.startswith("== ")]
+    assert [line.split()[1] for line in again.stdout.splitlines() if line.endswith(first.name)] == ["done"]
     assert before and before == {path: path.stat().st_mtime_ns for path in study.folder(first).rglob("*") if path.is_file()}
     for run in study.runs:
         one, other = (load_file(checkpoint.best(s.folder(run)) / "model.safetensors") for s in (study, done["4"]))

@@ -1,8 +1,6 @@
 """What `flallm plan` says, against what a model is and does."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -92,9 +90,8 @@ def test_zero_shares_states_out_and_the_run_is_the_same_run():
     assert given["time/run"] == pytest.approx(given["time/step"] * given["data/steps"])
 
 
-def test_what_does_not_fit_is_said_with_the_field_to_change(tmp_path):
-    words = [sys.executable, "-m", "flallm", "plan", "phoenix14t", "--world_size=1", "--stage=stage2", "--llm.path=meta-llama/Llama-2-7b-hf"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+def test_what_does_not_fit_is_said_with_the_field_to_change(tmp_path, flallm):
+    done = flallm("plan", "phoenix14t", "--world_size=1", "--stage=stage2", "--llm.path=meta-llama/Llama-2-7b-hf", cwd=tmp_path)
     assert done.returncode == 1 and "does not fit" in done.stdout and "llm.lora.rank" in done.stdout
 
 

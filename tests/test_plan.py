@@ -13,7 +13,7 @@ def lengths(clips: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return frames, np.maximum(1, (3 * frames * rng.lognormal(0, 0.3, clips)).astype(int))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     clips=st.integers(1, 300),
     batch=st.integers(1, 80),

@@ -1,8 +1,6 @@
 """`flallm translate` and `flallm doctor`, as commands, and what they are made of."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,10 +14,6 @@ from flallm.shards import Shards
 from flallm.train import train
 
 CPU = torch.device("cpu")
-
-
-def flallm(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "flallm", *map(str, arguments)], capture_output=True, text=True)
 
 
 def briefly(config, run):
@@ -81,14 +75,14 @@ def test_stretches_of_a_video_hold_its_frames_of_that_time(run, loaded, cut):
         assert np.array_equal(frames, video.centre_crop(every[first : last : config.data.stride], config.data.crop))
 
 
-def test_the_command_writes_subtitles_and_names_what_has_no_sentence(run, tmp_path):
+def test_the_command_writes_subtitles_and_names_what_has_no_sentence(run, tmp_path, flallm):
     (tmp_path / "segments.csv").write_text("start,end\n0.0,0.5,a note\n0.5,1\n70,71\n")
-    done = flallm("translate", run, run / "0.mp4", "--format=srt", f"--segments={tmp_path / 'segments.csv'}")
+    done = flallm("translate", run, run / "0.mp4", "--format=srt", f"--segments={tmp_path / 'segments.csv'}", cwd=tmp_path)
     assert done.returncode == 2 and "before its segment from 70 s" in done.stderr
     blocks = done.stdout.split("\n\n")
     assert [block.split("\n")[:2] for block in blocks[:2]] == [["1", "00:00:00,000 --> 00:00:00,500"], ["2", "00:00:00,500 --> 00:00:01,000"]]
     (tmp_path / "no.mp4").write_text("no video")
-    done = flallm("translate", run, tmp_path / "no.mp4", run / "1.mp4", "--format=json", "--alternatives=1")
+    done = flallm("translate", run, tmp_path / "no.mp4", run / "1.mp4", "--format=json", "--alternatives=1", cwd=tmp_path)
     assert done.returncode == 2 and "no.mp4 cannot be translated" in done.stderr and "Traceback" not in done.stderr
     (said,) = map(json.loads, done.stdout.splitlines())
     assert said["video"].endswith("1.mp4") and len(said["alternatives"]) == 1
@@ -110,13 +104,13 @@ def test_segments_that_are_none_are_one_clear_line(tmp_path, text):
         translate.read_segments(tmp_path / "s")
 
 
-def test_doctor_says_what_is_there_and_what_is_not(shards, llm, tmp_path):
-    rows = flallm("doctor", "demo", f"--data.shards={shards}", f"--llm.path={llm}", f"--run_dir={tmp_path}")
+def test_doctor_says_what_is_there_and_what_is_not(shards, llm, tmp_path, flallm):
+    rows = flallm("doctor", "demo", f"--data.shards={shards}", f"--llm.path={llm}", f"--run_dir={tmp_path}", cwd=tmp_path)
     assert rows.returncode == 0, rows.stdout + rows.stderr
     for what in ("torchaudio", "all-reduce       2 ranks over gloo", "data: test       7 clips, 7 of them read", "used frames/s a core", "mbart, vocabulary"):
         assert what in rows.stdout
     (tmp_path / "cut").mkdir()
     for file in shards.iterdir():
         (tmp_path / "cut" / file.name).write_bytes(file.read_bytes()[: 2000 if file.name == "test-000000.tar" else None])
-    rows = flallm("doctor", "demo", f"--data.shards={tmp_path / 'cut'}", f"--llm.path={tmp_path / 'no'}", f"--run_dir={tmp_path}")
+    rows = flallm("doctor", "demo", f"--data.shards={tmp_path / 'cut'}", f"--llm.path={tmp_path / 'no'}", f"--run_dir={tmp_path}", cwd=tmp_path)
     assert rows.returncode == 1 and "MISS  data: test" in rows.stdout and "MISS  language model" in rows.stdout and "Traceback" not in rows.stderr

@@ -1,8 +1,5 @@
 """A trimmed model says of the tokens that are left what the whole one says, and its tokenizer splits the text alike."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from models import save
@@ -88,17 +85,17 @@ def test_logits_of_kept_tokens_are_the_same(kind, tied, tmp_path):
     torch.testing.assert_close(b, a[..., list(kept)], rtol=1e-5, atol=1e-5)
 
 
-def test_trim_keeps_what_training_says_and_tells_what_the_others_lose(shards, tmp_path):
+def test_trim_keeps_what_training_says_and_tells_what_the_others_lose(shards, tmp_path, flallm):
     model = save("mbart", tmp_path / "whole")
     said = trim(str(model), str(shards), tmp_path / "small")
     assert "of the tokens lost" in said and (tmp_path / "small/model.safetensors").is_file()
     more = tmp_path / "text.txt"
     more.write_text("\n".join(text for _, text in synthetic.sentences("text", 300)))
-    command = [sys.executable, "-m", "flallm", "trim", str(model), f"--shards={shards}", f"--out={tmp_path / 'more'}", f"--text={more}", "--most=50"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["trim", model, f"--shards={shards}", f"--out={tmp_path / 'more'}", f"--text={more}", "--most=50"]
+    done = flallm(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     sizes = [len(AutoTokenizer.from_pretrained(tmp_path / name)) for name in ("whole", "small", "more")]
     assert sizes[1] < sizes[2] <= sizes[0]
-    done = subprocess.run([*command[:-1], "--most=no"], capture_output=True, text=True)
+    done = flallm(*command[:-1], "--most=no", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert subprocess.run(command, capture_output=True, text=True).stderr == f"flallm: {tmp_path / 'more'} exists already\n"
+    assert flallm(*command, cwd=tmp_path).stderr == f"flallm: {tmp_path / 'more'} exists already\n"
