@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -75,7 +76,8 @@ def flallm(monkeypatch, capsys):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["flallm", *map(str, words)])
         capsys.readouterr()
-        code = cli.run(cli.COMMANDS, "flallm")
+        with patch.dict(os.environ):  # where a command writes its rank, which what starts later would take for its own
+            code = cli.run(cli.COMMANDS, "flallm")
         return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
 
     return command

@@ -336,15 +336,15 @@ def loss_spike(lab: Lab) -> str:
 
 
 def one_rank_signalled(lab: Lab, number: int = signal.SIGTERM) -> str:
-    folder, config = lab.new("signal"), lab.config(data__workers=1, train__steps=30, train__dev_every=30)
+    folder, config = lab.new("signal"), lab.config(data__workers=1, train__steps=16, train__dev_every=16)
     run = Run(config, folder).reach(2)
     for child in children(run.ranks[1].pid):  # launchers signal a rank's whole group
         os.kill(child, number)
     run.kill(1, number=number)
     assert run.wait() == [75, 75], run.said
     stopped = steps(folder)[-1]
-    assert stopped < 30 and Run(config, folder).wait() == [0, 0]
-    same(lab.unbroken(train__steps=30, train__dev_every=30), folder)
+    assert stopped < 16 and Run(config, folder).wait() == [0, 0]
+    same(lab.unbroken(train__steps=16, train__dev_every=16), folder)
     return f"both left with 75 after step {stopped}, and went on bit-equal"
 
 
@@ -385,14 +385,14 @@ class StopAfter:
 
 
 def two_runs_in_one_folder(lab: Lab) -> str:
-    folder, config = lab.new("two"), lab.config(train__steps=30, train__dev_every=30)
+    folder, config = lab.new("two"), lab.config(train__steps=16, train__dev_every=16)
     first = Run(config, folder).reach(1)
     first.kill(number=signal.SIGSTOP)  # or it could be done before the second has started
     second = Run(config, folder)
     assert second.wait() == [2, 2] and "is being written by process" in second.said, second.said
     first.kill(number=signal.SIGCONT)
     assert first.wait() == [0, 0]
-    same(lab.unbroken(train__steps=30, train__dev_every=30), folder)
+    same(lab.unbroken(train__steps=16, train__dev_every=16), folder)
     return "the second is refused, the first ends as if alone"
 
 
