@@ -482,4 +482,10 @@ def _mistake(name: str, error: object) -> int:
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
-    sys.exit(run(COMMANDS, "flallm"))
+    try:
+        code = run(COMMANDS, "flallm")
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has enough, as `flallm score … | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        code = 1
+    sys.exit(code)

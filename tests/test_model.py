@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,16 @@ def test_beam_search_is_transformers_own(setting):
         )
         ids = model.language.generate(inputs_embeds=clip[None], generation_config=options)[0]
         assert model.text.decode(ids) == sentence
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_clip_of_a_single_frame_may_be_a_batch_of_its_own(small, everywhere):
+    encoder = VisualEncoder(replace(small("stage1").encoder, global_batch_norm=everywhere)).train()
+    frames = torch.randint(256, (5, 64, 64, 3), dtype=torch.uint8)
+    encoder(frames, torch.tensor([5]))
+    feature = encoder(frames[:1], torch.tensor([1]))
+    feature.sum().backward()
+    assert feature.isfinite().all() and all(t.isfinite().all() for t in (encoder.temporal.weight.grad, *encoder.buffers()))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class VisualEncoder(nn.Module):
         if config.weights:
             load_torchvision(self.backbone, config.weights)
         self.temporal = nn.Conv1d(config.widths[-1], config.channels, config.kernel)
-        self.norm = nn.BatchNorm1d(config.channels)
+        self.norm = BatchNorm(config.channels)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
         if config.global_batch_norm:
@@ -82,7 +82,16 @@ def use_global_batch_norm(module: nn.Module) -> None:
             use_global_batch_norm(child)
 
 
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+class BatchNorm(nn.BatchNorm1d):
+    """torch's, which refuses a single frame in training, for that has no variance: it is seen with the moving statistics here."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (F, C, ...)
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class GlobalBatchNorm(BatchNorm):
     """BatchNorm with the statistics of all ranks' frames. torch's SyncBatchNorm refuses CPU tensors."""
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
