@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import flallm
 from flallm import UserError, config
-from flallm.corpora import synthetic
+from flallm.corpora import Clip, synthetic
 from flallm.encode import Options
 from flallm.shards import Shards, make_shards
 
 RANKS = 2
 
 
-def demo(out: Path) -> None:
+def demo(out: Path, clips: Iterable[Clip] | None = None, overrides: dict | None = None) -> None:
+    """clips and overrides {"a.b": value}: another corpus and recipe than the demo's. A language model that lies in `out` already is taken as it is."""
     for stage in ("stage1", "stage2"):
         if (out / stage).exists():
             raise UserError(f"{out / stage} is there already: remove {out} or name another folder with --out")
     seconds: dict[str, float] = {}
     with _step("1/5  shards: a synthetic signer, rendered and encoded", seconds):
-        dataset = make_shards(synthetic.clips(), out / "shards", Options(short_side=72, per_shard=250), {"name": "synthetic"})
+        dataset = make_shards(clips or synthetic.clips(), out / "shards", Options(short_side=72, per_shard=250), {"name": "synthetic"})
         print(", ".join(f"{split} {n['clips']} clips" for split, n in dataset["splits"].items()), flush=True)
     from flallm import engine
     from flallm.report import report
@@ -31,7 +33,7 @@ def demo(out: Path) -> None:
         if not (out / "llm").exists():
             engine.launch(_pretrain, 1, out)  # its own process, so that its memory is free again afterwards
     with _step(f"3/5  stage 1 and 4/5  stage 2, on {RANKS} ranks under ZeRO-2", seconds):
-        engine.launch(_stages, RANKS, out)
+        engine.launch(_stages, RANKS, out, overrides or {})
     with _step("5/5  one clip, and a page to look at", seconds):
         test = Shards(out / "shards", "test")
         video, meta = test.read(len(test) // 2)
@@ -57,7 +59,7 @@ def _pretrain(out: Path) -> None:
     pretrain([text for _, text in synthetic.sentences("text", synthetic.DEMO.sentences)], out / "llm")
 
 
-def _stages(out: Path) -> None:
+def _stages(out: Path, overrides: dict) -> None:
     """What every rank does: both stages, each with its scores on test."""
     from flallm import engine
     from flallm.evaluate import evaluate
@@ -67,7 +69,7 @@ def _stages(out: Path) -> None:
     ranks = engine.join()
     for stage in ("stage1", "stage2"):
         began = time.monotonic()
-        resolved = config.load("demo", stage, {"data.shards": str(out / "shards"), "llm.path": str((out / "llm").resolve())})
+        resolved = config.load("demo", stage, {"data.shards": str(out / "shards"), "llm.path": str((out / "llm").resolve()), **overrides})
         train(resolved, out / stage, ranks, out / "stage1")
         evaluate(out / stage, "test", ranks)
         if ranks.first:
