@@ -170,7 +170,7 @@ class Study:
             lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} {unit} {hours:>10}   {run.name}")
         known = [hours for hours in left.values() if hours is not None]
         if left:
-            lines.append(f"left: {sum(known):.2f} h" + f" and {len(left) - len(known)} runs of stages that none is done of" * (len(known) < len(left)))
+            lines.append(f"left: {sum(known):.2f} h" + f", and {len(left) - len(known)} runs of unknown length: none of their stage is done" * (len(known) < len(left)))
         return "\n".join(lines)
 
     @property

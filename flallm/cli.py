@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -459,8 +460,9 @@ def run(commands: dict[str, Callable], name: str) -> int:
         with contextlib.redirect_stderr(said):
             job = fire.Fire(commands, words, name, serialize=lambda _: None)
     except fire.core.FireExit as exit:
-        if exit.code == 0:
-            print(said.getvalue())
+        if exit.code == 0:  # the help, without what Fire says of its own attribute and of letters that two options share
+            text = re.sub(r"\nGROUPS\n.*?FIRE_METADATA\n", "", said.getvalue(), flags=re.DOTALL).replace("GROUP | ", "")
+            print(re.sub(r"^    -\w, --", "    --", text, flags=re.MULTILINE))
             return 0
         line = next((x for x in said.getvalue().splitlines() if x.startswith("ERROR: ")), "ERROR: what is meant?")
         return _mistake(name, f"{line.removeprefix('ERROR: ')} (see {name} --help)")

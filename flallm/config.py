@@ -288,11 +288,10 @@ def _plain(value):
 
 
 def _suggest(name: str, known, dashes: str = "") -> str:
-    """ ", did you mean …?" by the whole name or its last part."""
-    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, 1, 0.6)
-    whole = difflib.get_close_matches(name, list(known), 1, 0.6)
-    match = [by_leaf[m] for m in leaf] or whole
+    """ ", did you mean …?" by the last part of the name, and by the whole of it among those that share one or where none is alike."""
+    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in known}, 1, 0.6)
+    alike = [k for k in known if k.rsplit(".", 1)[-1] in leaf]
+    match = difflib.get_close_matches(name, alike, 1, 0) or difflib.get_close_matches(name, list(known), 1, 0.6)
     return f": did you mean {dashes}{match[0]}?" if match else f" (it has: {', '.join(known)})" if not dashes else ": see the recipe for its fields"
 
 

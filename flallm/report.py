@@ -33,6 +33,7 @@ from flallm.probe import training_clips
 from flallm.shards import BadSample, Shards
 
 HERE = Path(__file__).parent
+FORMS = ("", "labels", "manifest")  # what shards made of a table of any data set say of it: its name is the recipe's
 VIDEO_MIB = 12  # of clips in the page, a third more there as text
 LONGEST = 400  # words that are compared one by one
 LABELS = {
@@ -82,7 +83,7 @@ def report(run: Path, split: str, clips: int) -> Path:
         "environment": compare.flat(_json(run / "environment.json")),
         "scores": scores,
         "convention": config.get("convention", "raw"),
-        "published": _published(corpus or str(config.get("name")), split, scores),
+        "published": _published(str(config.get("name")) if corpus in FORMS else corpus, split, scores),
         "probes": _json(run / f"probes/{split}.json"),
         "charts": _charts(rows),
         "rows": rows,

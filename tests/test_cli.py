@@ -51,6 +51,7 @@ def test_names_and_options_are_frozen():
     [
         (["stage1", "demo", "--stesp=5"], "did you mean --train.steps?"),
         (["stage1", "demo", "--train.lr_encodr=5"], "did you mean --train.lr_encoder?"),
+        (["stage1", "demo", "--train.bacth=5"], "did you mean --train.batch?"),
         (["stage1", "demo", "--train.steps=many"], "--train.steps: 'many' is not a whole number"),
         (["stage1", "demo", "--train.steps=0"], "train.steps: 0 is less than 1"),
         (["stage1", "phoenix14t", "--train.epochs=0"], "train.epochs: 0.0 is not more than 0"),
@@ -89,3 +90,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, fla
 def test_help_names_every_option(tmp_path):
     result = subprocess.run([sys.executable, "-m", "flallm", "stage2", "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and "run_dir" in result.stdout and "stage1" in result.stdout
+    assert "GROUP" not in result.stdout and "FIRE" not in result.stdout

@@ -74,7 +74,7 @@ def manifest(table: str, *, out: str, root: str | None = None, **options: str) -
     """Any data set: a table of videos (or folders of frames) and their texts.
 
     Args:
-        table: .csv, .tsv or .jsonl with the columns video, text, split, and optionally key, start, end (seconds), gloss, signer
+        table: .csv, .tsv or .jsonl with the columns video, text, split, and optionally key, start, end (seconds), gloss, signer, fps (of folders)
         out: the folder to write into
         root: what the paths in `video` are relative to; the table's folder where it is not given
         options: encoding, see --help of the tool
