@@ -11,6 +11,14 @@ class UserError(Exception):
     """A mistake the user can mend: the command prints the message as one line and exits with code 2."""
 
 
+def make_folder(path: Path) -> None:
+    """A folder to write into, unless it is there. Raises UserError where none can be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made: {error.strerror}") from None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that no reader and no other writer ever sees a part of it."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", errors="replace", delete=False) as file:

@@ -170,7 +170,9 @@ class Study:
             lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} {unit} {hours:>10}   {run.name}")
         known = [hours for hours in left.values() if hours is not None]
         if left:
-            lines.append(f"left: {sum(known):.2f} h" + f", and {len(left) - len(known)} runs of unknown length: none of their stage is done" * (len(known) < len(left)))
+            lines.append(
+                f"left: {sum(known):.2f} h" + f", and {len(left) - len(known)} runs of unknown length: none of their stage is done" * (len(known) < len(left))
+            )
         return "\n".join(lines)
 
     @property
@@ -273,7 +275,7 @@ def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]
                     engine.launch(_train, ranks, study, run)
                 except ProcessExitedException as end:  # it has said why
                     raise SystemExit(end.exit_code) from None
-    if any(study.scores(run) for run in study.runs):
+    if any(all(study.scores(run) for run in runs) for runs in study.rows.values()):
         print(f"\n{study.write()}\nWritten: {study.stem}.json, .md and .png")
 
 

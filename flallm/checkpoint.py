@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flallm import UserError
+from flallm import UserError, make_folder
 from flallm import engine as engines
 from flallm.config import Checkpoint
 from flallm.engine import Ranks
@@ -223,6 +223,11 @@ def best(run: Path) -> Path:
     return max(found)[2]
 
 
+def identity(run: Path) -> str:
+    """The SHA-256 of the weights of its best checkpoint."""
+    return _manifest(best(run))["files"]["model.safetensors"]["sha256"]
+
+
 def load(run: Path, model: torch.nn.Module, prefix: str = "") -> None:
     """Fills the model from the best checkpoint, or with `prefix` a module from the part of that name."""
     folder = best(run)
@@ -248,7 +253,7 @@ def lock(run: Path, ranks: Ranks) -> Iterator[None]:
     """One run at a time in a folder. The lock is rank 0's and goes with its process, however that ends."""
     held = None
     if ranks.first:
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         file = open(run / "lock", "a+")  # noqa: SIM115 - it is held
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would inherit and keep

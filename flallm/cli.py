@@ -454,7 +454,7 @@ def run(commands: dict[str, Callable], name: str) -> int:
     """Runs the command of sys.argv; returns the exit code: 0 done, 2 the user's mistake (one line)."""
     said = io.StringIO()
     try:
-        words = [w for w in sys.argv[1:] if w not in ("--help", "-h")]
+        words = [re.sub("^(--[^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), w) for w in sys.argv[1:] if w not in ("--help", "-h")]
         if len(words) < len(sys.argv) - 1:
             words = [*words[:1], "--", "--help"]  # Fire would take --help for one of a recipe's fields
         with contextlib.redirect_stderr(said):

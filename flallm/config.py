@@ -34,7 +34,11 @@ LEAST = {
         "train.pool", "train.log_every", "train.max_skipped", "train.timeout", "checkpoint.last", "checkpoint.best", "decode.beam", "decode.max_tokens",
         "decode.batch",
     ),
-    0: ("data.workers", "data.cache_gib", "train.batch_frames", "train.dev_every", "train.dev_clips", "checkpoint.every", "checkpoint.minutes"),
+    0: (
+        "data.workers", "data.cache_gib", "llm.lora.rank", "train.batch_frames", "train.lr_encoder", "train.lr_adapter", "train.lr_language", "train.lr_first",
+        "train.momentum", "train.weight_decay", "train.max_grad_norm", "train.word_loss", "train.mask_frames", "train.mask_channels", "train.spike",
+        "train.dev_every", "train.dev_clips", "checkpoint.every", "checkpoint.minutes",
+    ),
 }  # fmt: skip
 PLACE = "{video}"  # where the features stand in a prompt
 
@@ -238,10 +242,16 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
     for name, choices in CHOICES.items():
         if (value := flat(config)[name]) not in choices:
             raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
+    values = flat(config)
     if config.train.one_pass and config.stage != "joint":
         raise UserError(f"train.one_pass: {config.stage} is one of two passes, joint takes it")
-    if not 0 <= config.train.llm_start < 1:
-        raise UserError(f"train.llm_start: {config.train.llm_start} is no share of the steps from 0 to below 1")
+    for name in ("train.llm_start", "train.warmup", "train.label_smoothing", "light_t.dropout", "llm.dropout"):
+        if not 0 <= (value := values[name]) < 1:
+            raise UserError(f"{name}: {value} is no share from 0 to below 1")
+    if len(config.train.betas) != 2:
+        raise UserError(f"train.betas: {', '.join(map(str, config.train.betas))}: two numbers are needed")
+    if config.light_t.width % config.light_t.heads:
+        raise UserError(f"light_t.heads: {config.light_t.heads} heads cannot share a light_t.width of {config.light_t.width}")
     if config.stage == "joint" and config.llm.input != "signs":
         raise UserError(f"llm.input: {config.llm.input} is for stage 2, joint trains on signs")
     if config.llm.input == "words" and config.llm.stack > 1:
@@ -250,7 +260,6 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
     if config.llm.prompt.count(PLACE) != 1:
         raise UserError(f"llm.prompt: {config.llm.prompt!r} must hold {PLACE} once, the place of the features")
-    values = flat(config)
     for least, names in LEAST.items():
         for name in names:
             if (value := values[name]) is not None and value < least:

@@ -16,7 +16,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from flallm import UserError
 from flallm.corpora import BROKEN, Clip, VideoFile, open_video
-from flallm.video import FRAME_STEP, MARK
+from flallm.video import FRAME_STEP, MARK, decode
 from flallm.workers import Lost, Workers
 
 TIMEOUT = 600  # seconds for one clip; a long one at 720p takes some
@@ -102,7 +102,17 @@ def _fitting_file(media, options: Options) -> bytes | None:
             or any(frame.side_data.get("DISPLAYMATRIX") for frame in (next(container.decode(stream), None),) if frame)
         ):
             return None
+        if container.metadata.get(MARK[0]) == MARK[1] and not _every_4th_alone(media.path, sum(1 for _ in container.decode(stream)) + 1):
+            return None
     return Path(media.path).read_bytes()
+
+
+def _every_4th_alone(path: str, frames: int) -> bool:
+    """Whether frames can be passed over as a file with the mark promises: one that other tools have made of ours may still have it."""
+    try:
+        return len(decode(path, 16, FRAME_STEP, frames, frames)) > 0
+    except ValueError:
+        return False
 
 
 def _encode_frames(media, options: Options) -> bytes:

@@ -97,7 +97,8 @@ def join(timeout: float = 600) -> Ranks:
     if hasattr(deepspeed.ops, "__compatible_ops__"):  # else every start on a CPU compiles it (79 s), and a killed build locks the next
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    device = torch.device("cuda", int(env["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    # Slurm may show a task nothing but its own GPU (--gpus-per-task), which then has the number 0.
+    device = torch.device("cuda", int(env["LOCAL_RANK"]) % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -323,7 +324,9 @@ def deepspeed_config(config: Train, device: str) -> dict:
     for name, value in config.deepspeed_overrides.items():
         if name not in settings:
             raise UserError(f"train.deepspeed_overrides: {path} has no field {name!r} but {', '.join(settings)}")
-        settings[name] = settings[name] | value if isinstance(settings[name], dict) else value
+        if isinstance(settings[name], dict) is not isinstance(value, dict):
+            raise UserError(f"train.deepspeed_overrides: {name} is {settings[name]} in {path} and cannot be {value}")
+        settings[name] = settings[name] | value if isinstance(value, dict) else value
     if ours := settings.keys() & OURS:
         raise UserError(f"train.deepspeed: {', '.join(sorted(ours))} in {path} would be filled in from the recipe: leave it out of the file")
     try:

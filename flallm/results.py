@@ -70,10 +70,11 @@ def _sentences(rows: list[tuple[str | None, object]], field: str, path: Path) ->
         text = row
         if isinstance(row, dict):
             key = key or row.get("key") or row.get("name")
+            key = str(key) if key else None
             text = next((row[name] for name in FIELDS[field] if name in row), None)
         if not isinstance(text, str):
             raise UserError(f"{path}, sentence {number}: no text under {' or '.join(FIELDS[field])}")
         if key in sentences:
             raise UserError(f"{path}, sentence {number}: the key {key!r} was there before")
-        sentences[str(key) if key else number] = text
+        sentences[key or number] = text
     return sentences

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from flallm import UserError, write_whole
+from flallm import UserError, make_folder, write_whole
 from flallm.corpora import Clip, LeftOut
 from flallm.encode import Options, encode_all
 from flallm.store import Store
@@ -92,7 +92,7 @@ def begin(out: Path, made_from: dict) -> dict:
                 raise UserError(f"{out} holds shards made of other clips or with other options: remove it or name another folder")
             if file != begun:
                 return made
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_whole(begun, json.dumps(made_from))
     return {}
 
@@ -253,14 +253,14 @@ class Shards:
             raise UserError(f"{folder}/{split}.index.safetensors says the impossible: it is altered: make the shards again with tools/make_shards.py")
         if self.store.local:
             for number, size in enumerate(self.shard_bytes):
-                path = Path(self.folder, self._shard(number))
+                path = Path(self.store.root, self._shard(number))
                 if not path.is_file() or path.stat().st_size != size:
                     raise UserError(f"{path} is {'cut short or altered' if path.is_file() else 'missing'}: make it again with tools/make_shards.py")
 
     def _read_index(self) -> dict[str, np.ndarray]:
         name = f"{self.split}.index.safetensors"
         if self.store.local:
-            return _read_rows(Path(self.folder, name))[0]
+            return _read_rows(Path(self.store.root, name))[0]
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             try:
                 file.write(self.store.read(name))

@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 
@@ -48,6 +49,10 @@ class Store:
             with contextlib.suppress(OSError):  # a full disk costs the cache, not the clip
                 self._keep(kept, content)
         return content
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read and seek in."""
+        return self.files.open(f"{self.root}/{name}", "rb")
 
     def forget(self, name: str, start: int, stop: int) -> bool:
         """Drops a range from the cache, because it is not what it should be; whether it was there."""

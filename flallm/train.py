@@ -52,19 +52,21 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     clips, _ = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
     if clips.features and config.frozen != "encoder":
         raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
-    text, plan = Text(config.llm), make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
-    if (most := -(-int(clips.used.max()) // config.llm.stack)) > text.longest:
-        raise UserError(f"data.max_frames: a clip has {most} features, and {text.longest} is what the language model takes: raise data.stride or llm.stack")
+    plan = make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
-    found = newest(config, run, ranks, data)
+    origin = checkpoint.identity(stage1) if config.stage == "stage2" and stage1 and (stage1 / "checkpoints").is_dir() else None
+    found = newest(config, run, ranks, data, origin)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
     if found:
-        model = of_run(copy.deepcopy(config), run)
+        model = of_run(copy.deepcopy(config), run)  # with its own tokenizer: what lies at llm.path may be another by now
         checkpoint.load_model(found[0], model)
     else:
-        model = Translator(config, text)
+        model = Translator(config, Text(config.llm))
         if config.stage == "stage2":
             take_encoder(model, config, stage1)
+    text = model.text
+    if (most := -(-int(clips.used.max()) // config.llm.stack)) > text.longest:
+        raise UserError(f"data.max_frames: a clip has {most} features, and {text.longest} is what the language model takes: raise data.stride or llm.stack")
     check_features(clips, model)
     total = config.train.steps or plan.total(config.train.epochs)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
@@ -76,7 +78,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         state = checkpoint.restore(*found, engine, ranks, config.seed) if found else State()
         with engines.whole(engine):
             log = Log(config, run, ranks, total, text, model, state)
-        writer = Writer(run, ranks, config.checkpoint, {"data": data, "config": cfg.flat(config), "environment": environment(ranks)})
+        origin = found[1].get("stage1", origin) if found else origin
+        writer = Writer(run, ranks, config.checkpoint, {"data": data, "stage1": origin, "config": cfg.flat(config), "environment": environment(ranks)})
         engine.train()
         for state.step in range(first + 1, total + 1):
             with log.waiting():
@@ -107,8 +110,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
                 raise SystemExit(AGAIN)
 
 
-def newest(config: Config, run: Path, ranks: Ranks, data: dict) -> tuple[Path, dict] | None:
-    """The newest good checkpoint, if it is one of this recipe."""
+def newest(config: Config, run: Path, ranks: Ranks, data: dict, origin: str | None) -> tuple[Path, dict] | None:
+    """The newest good checkpoint, if it is one of this recipe, data and, in stage 2, encoder."""
     found = checkpoint.newest_good(run, ranks)
     if not found:
         return None
@@ -117,6 +120,8 @@ def newest(config: Config, run: Path, ranks: Ranks, data: dict) -> tuple[Path, d
         raise UserError(
             f"{run} was begun with other data: data.shards had {found[1]['data']['clips']} clips and has {data['clips']}, or others. Name another --run_dir"
         )
+    if origin and found[1].get("stage1", origin) != origin:
+        raise UserError(f"{run} was begun with the encoder of another stage 1, or of an earlier checkpoint of it. Name another --run_dir, or remove it")
     return found
 
 

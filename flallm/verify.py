@@ -6,7 +6,6 @@ import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -57,7 +56,7 @@ def _verify_shard(folder: str, split: str, number: int, rows: list[int]) -> tupl
             problems.append(f"{name}: sample {i}: {error}")
     wanted = [f"{key}.{extension}" for key in keys for extension in ("json", "npy" if shards.features else "mp4")]
     try:
-        with tarfile.open(Path(folder, name), "r:") as tar:
+        with shards.store.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = [(member.name, member.isreg()) for member in tar]
     except (tarfile.TarError, OSError, ValueError) as error:
         return keys, [*problems, f"{name}: no readable tar: {error}"]

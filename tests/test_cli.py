@@ -54,6 +54,10 @@ def test_names_and_options_are_frozen():
         (["stage1", "demo", "--train.bacth=5"], "did you mean --train.batch?"),
         (["stage1", "demo", "--train.steps=many"], "--train.steps: 'many' is not a whole number"),
         (["stage1", "demo", "--train.steps=0"], "train.steps: 0 is less than 1"),
+        (["stage1", "demo", "--train.lr_encoder=-1"], "train.lr_encoder: -1.0 is less than 0"),
+        (["stage1", "demo", "--train.warmup=5"], "train.warmup: 5.0 is no share from 0 to below 1"),
+        (["stage1", "demo", "--train.betas=0.9"], "train.betas: 0.9: two numbers are needed"),
+        (["stage1", "demo", "--light_t.heads=3"], "3 heads cannot share a light_t.width of 128"),
         (["stage1", "phoenix14t", "--train.epochs=0"], "train.epochs: 0.0 is not more than 0"),
         (["stage1", "demo", "--data.workers=-1"], "data.workers: -1 is less than 0"),
         (["plan", "phoenix14t", "--world_size=8", "--stage=stage1", "--clips_per_s=fast"], "--clips_per_s: 'fast' is not a number above 0"),
@@ -75,6 +79,7 @@ def test_names_and_options_are_frozen():
         (["translate", ".", "none.mp4"], "none.mp4 does not exist"),
         (["nosuch"], "nosuch"),
         (["stage1", "demo", "--train.deepspeed_override.x=1"], "did you mean --train.deepspeed_overrides?"),
+        (["stage1", "demo", "--data.shards=~/none"], f"{Path.home()}/none holds no finished shards"),
         (["stage1", "demo", "--data.shards=none"], "make them with tools/make_shards.py"),
     ],
 )

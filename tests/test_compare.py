@@ -91,6 +91,7 @@ def test_what_cannot_be_scored_is_one_clear_error(tmp_path, monkeypatch):
         (tmp_path / "missing", two, "does not exist"),
         (tmp_path, two, "is a folder"),
         (jsonl(tmp_path / "twice.jsonl", [*rows(), rows()[0]]), None, "sentence 4: the key 'c' was there before"),
+        (jsonl(tmp_path / "numbers.jsonl", [r | {"key": 1} for r in rows()]), None, "sentence 2: the key '1' was there before"),
         (jsonl(tmp_path / "bare.jsonl", [{"key": "a", "reference": "x"}]), None, "sentence 1: no text under hypothesis"),
         (jsonl(tmp_path / "strange.jsonl", [r | {"key": r["key"] + "x"} for r in rows()]), predictions, "no reference for 'ax'"),
         (text(tmp_path / "broken.jsonl", ['{"key": "a"', ""]), None, "broken.jsonl, line 1: no JSON"),

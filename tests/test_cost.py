@@ -9,6 +9,7 @@ from faults import ZERO3
 from flallm import UserError, cost
 from flallm import config as cfg
 from flallm.model.translator import Translator
+from flallm.text import Text
 
 A100 = cost.DEVICES["a100-80"]
 
@@ -33,6 +34,17 @@ def test_a_dry_step_has_the_models_parameters_and_the_operations_of_its_layers()
     twice = cost.dry_step(config, text, [40, 24], 16)
     assert twice.encoder_flops == pytest.approx(2 * step.encoder_flops, rel=1e-3)
     assert twice.activations == pytest.approx(2 * step.activations, rel=0.15)  # what grows with frames is nearly all
+
+
+@pytest.mark.parametrize(
+    "stage,options", [("stage1", {}), ("joint", {"train.one_pass": True}), ("stage2", {"llm.input": "words"}), ("stage2", {"llm.input": "light_t"})]
+)
+def test_every_parameter_is_counted(small, stage, options):
+    config = small(stage, options)
+    model = Translator(config, Text(config.llm))
+    parts = cost.dry_step(config, model.text, [20, 12], 8).parts.values()
+    for i, trains in enumerate((True, False)):
+        assert sum(part[i] for part in parts) == sum(p.numel() for p in model.parameters() if p.requires_grad is trains)
 
 
 def test_a_frozen_encoder_keeps_no_activations_and_has_no_backward_pass():

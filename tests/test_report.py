@@ -57,7 +57,14 @@ def runs(llm, tmp_path_factory):
     configs = {}
     for name, those in corpora.items():
         make_shards([*those, *(replace(c, split="dev") for c in those)], out / f"{name}-shards", Options(), {"name": "manifest"})
-        settings = {"name": "phoenix14t", "train.steps": 160, "train.batch": CLIPS, "train.dev_every": 80, "train.label_smoothing": 0, "data.augment.probability": 0}
+        settings = {
+            "name": "phoenix14t",
+            "train.steps": 160,
+            "train.batch": CLIPS,
+            "train.dev_every": 80,
+            "train.label_smoothing": 0,
+            "data.augment.probability": 0,
+        }
         model = {"light_t.width": 128, "encoder.widths": [16, 32, 32, 64], "data.shards": str(out / f"{name}-shards"), "llm.path": str(llm)}
         configs[name] = cfg.load("demo", "stage1", SMALL | settings | model | ({"train.steps": 40} if name == "blind" else {}))
     engine.launch(train_and_probe, 1, configs, out)

@@ -60,6 +60,8 @@ def two_ranks(configs: dict, out: Path) -> None:
         train(configs[name], out / name, ranks, out / "stage1")
         for steps in (1, 2, 1):
             run_until(steps, *arguments)
+        if name == "joint":
+            arguments = configs["other words"], *arguments[1:]
         if name == "stage1" and ranks.first:
             for how in DAMAGE:
                 shutil.copytree(arguments[1], out / how)
@@ -77,6 +79,8 @@ def two_ranks(configs: dict, out: Path) -> None:
     for name, said in (("elsewhere", "begun with other data: data.shards had 24 clips and has 8"), ("stride", "data.stride is 8 here but 4 in .*stage1")):
         with pytest.raises(UserError, match=said):
             train(configs[name], out / ("stage1" if name == "elsewhere" else name), ranks, out / "stage1")
+    with pytest.raises(UserError, match="begun with the encoder of another stage 1"):
+        train(configs["stage2"], out / "stage2", ranks, out / "few")
     with pytest.raises(UserError, match="reduce_bucket_sze in "):
         train(configs["typo"], out / "typo", ranks)
     (out / "refused.txt").write_text(str(refused.value))
@@ -94,7 +98,12 @@ def runs(shards, llm, tmp_path_factory):
     def make(stage, **overrides):
         return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **overrides})
 
+    words = Text(cfg.LLM(path=str(llm)))  # as when a model is trimmed anew
+    words.tokenizer.add_tokens(["the"])
+    shutil.copytree(llm, out / "words")
+    words.tokenizer.save_pretrained(out / "words")
     configs = {
+        "other words": make("joint", **SHORT, **{"train.optimizer": "sgd", "llm.path": str(out / "words")}),
         "stage1": make("stage1", **SHORT, **{"light_t.dropout": 0.1}),
         "stage2": make("stage2", **SHORT),
         "joint": make("joint", **SHORT, **{"train.optimizer": "sgd"}),

@@ -273,6 +273,25 @@ def test_a_fitting_file_is_copied_and_a_large_one_made_smaller(tmp_path):
     assert meta["num_frames"] == 10
 
 
+def test_a_clip_of_shards_that_other_tools_wrote_anew_is_encoded_again(tmp_path):
+    """They keep its mark, which promises a loader that it may pass over frames."""
+    *_, clip = synthetic.clips(train=3, dev=0, test=0, size=64)
+    (tmp_path / "ours.mp4").write_bytes(encode(clip, Options())[0])
+    path = tmp_path / "theirs.mp4"
+    with av.open(str(tmp_path / "ours.mp4")) as ours, av.open(str(path), "w") as theirs:
+        theirs.metadata.update(ours.metadata)
+        stream = theirs.add_stream("libx264", 25, width=64, height=64, pix_fmt="yuv420p")
+        frames = list(ours.decode(video=0))
+        for frame in frames:
+            frame.pict_type = 0
+            theirs.mux(stream.encode(frame))
+        theirs.mux(stream.encode())
+    with pytest.raises(ValueError, match="frames decode"):
+        video.decode(str(path), 48, 4, 300, len(frames))
+    data, meta = encode(Clip("k", "train", "t", VideoFile(str(path))), Options())
+    assert len(video.decode(data, 48, 4, 300, meta["num_frames"])) == -(-len(frames) // 4)
+
+
 def test_positions_keep_every_fourth_frame_and_thin_out_long_clips():
     assert video.positions(10, 4, 300).tolist() == [0, 4, 8]
     long = video.positions(2000, 4, 300)

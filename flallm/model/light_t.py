@@ -52,4 +52,5 @@ class HiddenStates(nn.Module):
     def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         padded = nn.utils.rnn.pad_sequence(self.adapter(features).split(lengths.tolist()), batch_first=True)  # (B, N, D)
         known = (torch.arange(padded.shape[1])[None] < lengths[:, None]).to(features.device)
-        return self.encoder(inputs_embeds=padded, attention_mask=known.long()).last_hidden_state[known]
+        hidden = self.encoder(inputs_embeds=padded, attention_mask=known.long()).last_hidden_state
+        return torch.cat([h[:n] for h, n in zip(hidden, lengths.tolist())])
