@@ -17,7 +17,7 @@ import av
 import numpy as np
 from fire.decorators import SetParseFn
 
-from flallm import UserError, cli
+from flallm import UserError, cli, make_folder
 from flallm.corpora import Clip, VideoFile
 from flallm.corpora.synthetic import split_of
 from flallm.encode import Options, encode_all
@@ -75,6 +75,8 @@ def join(
     words = list(files)
 
     def work() -> None:
+        for split in ("train", "dev", "test"):
+            make_folder(Path(out) / split)
         said = [(split, one) for split in ("train", "dev", "test") for one in sentences(words, split, numbers[split], numbers["longest"], numbers["seed"])]
         clips = (Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one))) for i, (split, one) in enumerate(said))
         rows = [("video", "text", "split")]
@@ -89,8 +91,6 @@ def join(
         text = sentences(words, "train", 20_000, numbers["longest"], numbers["seed"] + 1)
         (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text))
 
-    for split in ("train", "dev", "test"):
-        (Path(out) / split).mkdir(parents=True, exist_ok=True)
     return cli.Job(work)
 
 
