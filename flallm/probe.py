@@ -130,8 +130,8 @@ def _scores(hypotheses: list[str], references: list[str], convention: str) -> di
 def training_clips(folder: str) -> list[dict]:
     """What the shards say of their training clips."""
     shards = Shards(folder, "train")
-    found = (shards.meta(int(i)) for i in np.unique(np.linspace(0, len(shards) - 1, min(len(shards), TEXTS)).round()))
-    return [meta for meta in found if meta]
+    some = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), TEXTS)).round()).astype(int).tolist()
+    return [meta for meta in shards.metas(some) if meta]
 
 
 def _parts(right: list[Prediction], convention: str, shards: Shards, train: list[dict]) -> dict:
@@ -140,7 +140,7 @@ def _parts(right: list[Prediction], convention: str, shards: Shards, train: list
     words = {text: split(text) for text in {t for p in right for t in (p.reference, p.hypothesis)} | {m["text"] for m in train}}
     sentences = {" ".join(words[m["text"]]) for m in train}
     signers = {m.get("signer") for m in train} - {None}
-    signer_of = {m.get("key"): m.get("signer") for m in map(shards.meta, range(len(shards)))}
+    signer_of = {m.get("key"): m.get("signer") for m in shards.metas()}
     lengths = [len(words[p.reference]) for p in right]
     a, b = (int(x) for x in np.quantile(lengths, (1 / 3, 2 / 3)))
     groups = {

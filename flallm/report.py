@@ -238,7 +238,7 @@ class Nearest:
 
 def _add_clips(sentences: list[Sentence], shards: Shards, count: int, run: Path, notes: list[str]) -> None:
     """Gives sentences from the best to the worst their clips, as many as fit, and shows where the model looks while it says them."""
-    metas = {meta["key"]: (n, meta) for n, meta in enumerate(map(shards.meta, range(len(shards)))) if meta}
+    metas = {meta["key"]: (n, meta) for n, meta in enumerate(shards.metas()) if meta}
     for s in sentences:
         s.signer = str(metas.get(s.key, (0, {}))[1].get("signer") or "")
     if shards.features:

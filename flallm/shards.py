@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,6 +43,7 @@ COLUMNS = {
     "text_length": np.int32,  # characters
     "checksum": np.uint64,  # of the video's and the JSON's bytes
 }
+READERS = 32  # requests at a time
 LARGEST = 2**30  # bytes of a sample; an index that says more is altered
 
 
@@ -310,3 +312,12 @@ class Shards:
             return said if isinstance(said, dict) and isinstance(said.get("key"), str) and isinstance(said.get("text"), str) else {}
         except (OSError, ValueError, RecursionError):
             return {}
+
+    def metas(self, numbers: Iterable[int] | None = None) -> Iterator[dict]:
+        """`meta` of these samples, of all where none are named, in order; many at a time where an address has to be asked."""
+        numbers = range(len(self)) if numbers is None else numbers
+        if self.store.local:
+            yield from map(self.meta, numbers)
+            return
+        with ThreadPoolExecutor(READERS) as asking:
+            yield from asking.map(self.meta, numbers)

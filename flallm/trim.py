@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from flallm import UserError
 from flallm.config import LLM
+from flallm.corpora import read_text
 from flallm.model.llm import load_llm
 from flallm.shards import Shards, splits_of
 
@@ -39,8 +40,8 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
         raise UserError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is not one of the tokenizers library")
-    counts = {split: _count(tokenizer, _texts(Shards(shards, split))) for split in splits_of(shards)}
-    frequent = _count(tokenizer, text.read_text(encoding="utf-8").splitlines()) if text else Counter()
+    counts = {split: _count(tokenizer, _texts(Shards(shards, split))) for split in ("train", *sorted({*splits_of(shards)} - {"train"}))}
+    frequent = _count(tokenizer, read_text(text, "a sentence a line was expected there").splitlines()) if text else Counter()
     before, parameters = model.get_input_embeddings().num_embeddings, model.num_parameters()
     kept, small = trim_tokenizer(tokenizer, {*counts.pop("train"), *(i for i, _ in frequent.most_common(most))})
     trim_model(model, kept)
@@ -57,7 +58,7 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
 
 
 def _texts(shards: Shards) -> Iterable[str]:
-    return (meta["text"] for meta in map(shards.meta, range(len(shards))) if meta)
+    return (meta["text"] for meta in shards.metas() if meta)
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter:

@@ -92,7 +92,9 @@ def test_shards_in_an_object_store_give_the_bytes_of_those_on_disk(shards, monke
         client.create_bucket(Bucket="corpora")
         for path in shards.iterdir():
             client.upload_file(str(path), "corpora", f"small/{path.name}")
-        assert_the_same(Shards("s3://corpora/small", "dev"), Shards(shards, "dev"))
+        there, here = Shards("s3://corpora/small", "dev"), Shards(shards, "dev")
+        assert_the_same(there, here)
+        assert list(there.metas()) == [here.meta(i) for i in range(len(here))]
         with pytest.raises(UserError, match="holds no finished shards"):
             Shards("s3://corpora/other", "dev")
     finally:
