@@ -187,15 +187,13 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
     half_precision = engine.computes_in_bf16(config.train, kind)
     frames, labels = torch.tensor(lengths), torch.full((len(lengths), tokens), text.end)
     # Without the word loss, whose shapes depend on values; it is one linear layer, which is put there to be counted.
-    words, config = (
-        config.train.word_loss,
-        replace(config, encoder=replace(config.encoder, weights=None, global_batch_norm=False), train=replace(config.train, word_loss=0.0)),
-    )
+    word_loss = config.train.word_loss
+    config = replace(config, encoder=replace(config.encoder, weights=None, global_batch_norm=False), train=replace(config.train, word_loss=0.0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         # peft moves new weights to where they already are, which tensors without values do not allow.
         with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
             model = Translator(config, text, weights=False).train()
-        if words:
+        if word_loss:
             getattr(model, "first", model).words = torch.nn.Linear(config.encoder.channels, len(text))
         for part in (model, model.first) if model.one_pass else (model,):
             part.language.set_attn_implementation(ATTENTION[kind])

@@ -102,13 +102,15 @@ def _fitting_file(media, options: Options) -> bytes | None:
             or any(frame.side_data.get("DISPLAYMATRIX") for frame in (next(container.decode(stream), None),) if frame)
         ):
             return None
-        if container.metadata.get(MARK[0]) == MARK[1] and not _every_4th_alone(media.path, sum(1 for _ in container.decode(stream)) + 1):
+        if container.metadata.get(MARK[0]) == MARK[1] and not _every_4th_alone(media.path):
             return None
     return Path(media.path).read_bytes()
 
 
-def _every_4th_alone(path: str, frames: int) -> bool:
+def _every_4th_alone(path: str) -> bool:
     """Whether frames can be passed over as a file with the mark promises: one that other tools have made of ours may still have it."""
+    with open_video(path) as container:
+        frames = sum(1 for _ in container.decode(video=0))
     try:
         return len(decode(path, 16, FRAME_STEP, frames, frames)) > 0
     except ValueError:
