@@ -223,6 +223,12 @@ def best(run: Path) -> Path:
     return max(found)[2]
 
 
+def progress(run: Path) -> tuple[int, int]:
+    """The step of a run's newest checkpoint, and of how many."""
+    manifest = max((m for m, _ in _manifests(run / "checkpoints")), key=lambda m: m["step"])
+    return manifest["step"], manifest.get("steps", manifest["step"])
+
+
 def identity(run: Path) -> str:
     """The SHA-256 of the weights of its best checkpoint."""
     return _manifest(best(run))["files"]["model.safetensors"]["sha256"]

@@ -1,5 +1,7 @@
 """A run that is stopped goes on as if it had not been. One process group of two plays many scenarios; in others, from `make faults`, processes die."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -63,6 +65,7 @@ def two_ranks(configs: dict, out: Path) -> None:
         if name == "joint":
             arguments = configs["other words"], *arguments[1:]
         if name == "stage1" and ranks.first:
+            shutil.copytree(arguments[1], out / "unfinished")
             for how in DAMAGE:
                 shutil.copytree(arguments[1], out / how)
                 damage(how, out / how / "checkpoints/step-4")
@@ -70,6 +73,9 @@ def two_ranks(configs: dict, out: Path) -> None:
 
     for name in ("stage1", "stage2", "joint", "offload", "lora"):
         stop_three_times(name)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run_until(1, configs["stage2"], out / "early", ranks, out / "unfinished")
+    assert ("warning: " in said.getvalue() and "unfinished has got to step 4 of 6" in said.getvalue()) is ranks.first
     for how in DAMAGE:
         train(configs["stage1"], out / how, ranks)
     train(configs["few"], out / "few", ranks)
