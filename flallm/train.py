@@ -78,8 +78,10 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         state = checkpoint.restore(*found, engine, ranks, config.seed) if found else State()
         with engines.whole(engine):
             log = Log(config, run, ranks, total, text, model, state)
-        if config.stage == "stage2" and not found and (begun := checkpoint.progress(stage1)) and begun[0] < begun[1]:
-            log.say(f"warning: {stage1} has got to step {begun[0]} of {begun[1]}: this run takes the best encoder it has so far")
+        if config.stage == "stage2" and not found:
+            reached, last = checkpoint.progress(stage1)
+            if reached < last:
+                log.say(f"warning: {stage1} has got to step {reached} of {last}: this run takes the best encoder it has so far")
         origin = found[1].get("stage1", origin) if found else origin
         writer = Writer(
             run, ranks, config.checkpoint, {"data": data, "stage1": origin, "steps": total, "config": cfg.flat(config), "environment": environment(ranks)}
