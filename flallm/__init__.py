@@ -11,6 +11,11 @@ class UserError(Exception):
     """A mistake the user can mend: the command prints the message as one line and exits with code 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, as one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def make_folder(path: Path) -> None:
     """A folder to write into, unless it is there. Raises UserError where none can be."""
     try:
@@ -21,10 +26,14 @@ def make_folder(path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that no reader and no other writer ever sees a part of it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", errors="replace", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.rename(file.name, path)
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", errors="replace", delete=False) as file:
+            file.write(text)
+        os.chmod(file.name, 0o644)
+        os.rename(file.name, path)
+    except OSError:  # such as of a full disk
+        os.unlink(file.name)
+        raise
 
 
 def load(folder, device="cpu"):

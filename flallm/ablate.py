@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ TABLES = Path(__file__).parent / "tables.yaml"
 SPLIT = "test"
 RESAMPLES = 1000  # of the bootstrap
 SEED = 12345  # of the bootstrap, sacreBLEU's
+SCORES = {"rouge_l": "R", "bleu1": "B1", "bleu2": "B2", "bleu3": "B3", "bleu4": "B4"}  # in the paper's order
+GPU = "a100-80"  # whose hours a plan has before any run is done, as in flallm plan
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,8 @@ class Study:
         names = [row["name"] for row in self.table["rows"]]
         if unknown := set(rows) - set(names):
             raise UserError(f"--rows: table {table} has no row {min(unknown)!r} but {', '.join(names)}")
-        self.rows = {row["name"]: [self._run(row, seed) for seed in self.seeds] for row in self.table["rows"] if not rows or row["name"] in rows}
-        # Runs that others build on come first.
-        scored = [run for runs in self.rows.values() for run in runs]
-        below = [run.stage1 for run in scored if run.stage1] + [run.features for run in scored if run.features]
-        self.runs = list(dict.fromkeys(below + [run for run in scored if not run.stage1] + [run for run in scored if run.stage1]))
+        self.rows = {row["name"]: [self._run(row, seed) for seed in self.seeds] for row in self.table["rows"]}
+        self.runs = _in_order([run for name in rows or names for run in self.rows[name]])  # of these rows; the table shows what is done of all
 
     def _run(self, row: dict, seed: int) -> Run:
         stage, every = row.get("stage", "stage2"), row.get("every", {})
@@ -117,7 +116,7 @@ class Study:
         return (self.folder(run) / "seconds.txt").exists() if run.stage == "features" else self.scores(run) is not None
 
     def seconds(self, run: Run) -> float:
-        """How long its training took, or its writing of features, of an interrupted one what was left of it."""
+        """How long its training took, all its starts together without what an interruption lost; of features what their last start took."""
         if run.stage == "features":
             return float((self.folder(run) / "seconds.txt").read_text())
         return json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
@@ -140,7 +139,7 @@ class Study:
         """Refuses runs of another recipe, on other shards or with another language model: in one table with these they would be taken for what they are not."""
         from flallm.train import FREE, check_same
 
-        for run in self.runs:
+        for run in _in_order([run for runs in self.rows.values() for run in runs]):
             path, mine = self.folder(run) / "config.yaml", self.config(run)
             if run.stage != "features" and path.is_file():
                 theirs = cfg.flat(cfg.from_dict(Config, cfg.read_yaml(path), str(path)))
@@ -158,22 +157,33 @@ class Study:
                 Clips(split, config.data, config.seed)
             Text(config.llm)
 
-    def plan(self) -> str:
-        """The runs, what is done of them, and the hours: of what is to be done, from the seconds a step took in finished runs of the same stage."""
+    def plan(self, gpu: str | None = None, ranks: int = 1) -> str:
+        """The runs, what is done of them, and the hours: of what is to be done, from the seconds a step took in finished runs of the same stage, and
+        where there are none, what `flallm plan` has for so many ranks of that GPU."""
+        from flallm import cost
+
+        @cache
+        def planned(run: Run) -> float | None:
+            figures = cost.cost(self.config(run), ranks, cost.DEVICES[gpu])
+            return next(figure.value for figure in figures if figure.name == "run") / 3600
+
         done = {run: self.seconds(run) / 3600 for run in self.runs if self.done(run)}
         pace = {stage: np.mean([done[run] / self.steps[run] for run in done if run.stage == stage]) for stage in {run.stage for run in done}}
-        left = {run: self.steps[run] * pace[run.stage] if run.stage in pace else None for run in self.runs if run not in done}
+        left = {run: self.steps[run] * pace[run.stage] for run in self.runs if run not in done and run.stage in pace}
+        # Of stage 2 from features nothing is known before there are some.
+        guessed = {run: planned(replace(run, seed=0)) for run in self.runs if gpu and run not in done | left and run.stage != "features" and not run.features}
         lines = [f"{self.title}: {len(self.runs)} runs, {len(done)} of them done, on {self.recipe}"]
         for number, run in enumerate(self.runs):
-            hours = f"{done[run]:8.2f} h" if run in done else f"{left[run]:7.2f} h" if left[run] is not None else f"{'?':>7} h"
+            hours = next((f"{mark}{found[run]:.2f} h" for mark, found in (("", done), ("", left), ("~", guessed)) if run in found), "? h")
             unit = "pass " if run.stage == "features" else "steps"
             lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} {unit} {hours:>10}   {run.name}")
-        known = [hours for hours in left.values() if hours is not None]
-        if left:
-            lines.append(
-                f"left: {sum(known):.2f} h" + f", and {len(left) - len(known)} runs of unknown length: none of their stage is done" * (len(known) < len(left))
-            )
-        return "\n".join(lines)
+        unknown = len(self.runs) - len(done) - len(left) - len(guessed)
+        sums = [f"{sum(left.values()):.2f} h"] if left else []
+        if guessed:
+            sums.append(f"~{sum(guessed.values()):.2f} h on {ranks} x {cost.DEVICES[gpu].name} by flallm plan")
+        if unknown:
+            sums.append(f"{unknown} runs of unknown length: none of their stage is done")
+        return "\n".join([*lines, f"left: {', '.join(sums)}"] if sums else lines)
 
     @property
     def title(self) -> str:
@@ -219,11 +229,13 @@ class Study:
         choice = self.table.get("choice")
         for name, runs in done.items():
             scores = [self.scores(run) for run in runs]
-            found[name] = {score: spread([s[convention][score]["value"] for s in scores]) for score in ("bleu4", "rouge_l")}
+            found[name] = {score: spread([s[convention][score]["value"] for s in scores]) for score in SCORES}
             found[name]["bleu4"]["ci95"] = np.percentile(resampled[name], [2.5, 97.5]).round(2).tolist()
             found[name]["swapped_bleu4"] = spread([s["swapped_bleu4"] for s in scores])
             found[name]["hours"] = float(np.mean([sum(self.seconds(r) for r in (run, run.stage1, run.features) if r) for run in runs])) / 3600
             found[name]["paper"] = rows[name].get("paper", {})
+            if self.name == "fig2":
+                found[name]["dominance"] = [dominance(self._curves(run)) for run in runs]
             if name != choice and choice in done:
                 if said[name][0][1:] != said[choice][0][1:]:
                     raise UserError(f"{self.folder(runs[0])} and {self.folder(done[choice][0])} were scored on other sentences: they cannot be compared")
@@ -252,14 +264,17 @@ class Study:
         return text
 
     def _curves(self, run: Run) -> list[dict]:
+        """The steps whose norms were written down."""
         rows = [json.loads(line) for line in (self.folder(run) / "metrics.jsonl").read_text().splitlines()]
         return [row for row in rows if "grad_norm/llm" in row]
 
 
 def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]) -> None:
     """Prints the plan, does what is to be done of it and writes the table."""
+    import torch
+
     study.check_begun()
-    print(study.plan(), flush=True)
+    print(study.plan(GPU if where != "here" or torch.cuda.is_available() else None, ranks), flush=True)
     left = [run for run in study.runs if not study.done(run)]
     if where == "slurm" and left:
         return submit(study, left, shlex.split(sbatch), command)
@@ -301,13 +316,20 @@ def submit(study: Study, left: list[Run], options: list[str], command: list[str]
     for wave in waves:
         if wave:
             numbers = ",".join(str(study.runs.index(run)) for run in wave)
-            done = subprocess.run(["sbatch", "--parsable", *options, *after, f"--array={numbers}", script, *command], capture_output=True, text=True)
+            order = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes", *options, *after, f"--array={numbers}", script, *command]
+            done = subprocess.run(order, capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"--where=slurm: sbatch says: {done.stderr.strip()}")
             job = done.stdout.strip().split(";")[0]
             print(f"job {job}: runs {numbers}")
             after = [f"--dependency=afterok:{job}"]
     print("The same command with --where=nowhere writes the table once they are done.")
+
+
+def _in_order(scored: list[Run]) -> list[Run]:
+    """These and what they build on, which comes first."""
+    below = [run.stage1 for run in scored if run.stage1] + [run.features for run in scored if run.features]
+    return list(dict.fromkeys(below + [run for run in scored if not run.stage1] + [run for run in scored if run.stage1]))
 
 
 def spread(values: list[float]) -> dict:
@@ -334,24 +356,48 @@ def paired(ours: np.ndarray, theirs: np.ndarray, difference: float) -> dict:
     return {"bleu4": difference, "ci95": np.percentile(differences, [2.5, 97.5]).round(2).tolist(), "p": float(p)}
 
 
+def dominance(curves: list[dict]) -> dict:
+    """In what share of the steps the last layer of the language model has the larger gradient than the encoder's, and the median of their ratio; then of parameters."""
+    found = {}
+    for kind in ("grad", "param"):
+        ratio = np.array([row[f"{kind}_norm/llm"] / max(row[f"{kind}_norm/encoder"], 1e-30) for row in curves])
+        found[kind] = {"larger": float((ratio > 1).mean()), "median": float(np.median(ratio))}
+    return found
+
+
 def markdown(result: dict) -> str:
     """The table in the paper's layout, with the paper's numbers at the right."""
     choice = result["choice"]
-    cells = [["", "B4 [95 %]", "R", *([f"B4 against {choice}"] if choice else []), "B4, swapped videos", "hours", "paper: B4 (R)"]]
+    every = {score for row in result["rows"].values() for score in row["paper"]}
+    scores = [score for score in SCORES if score in every | {"rouge_l", "bleu4"}]
+    theirs = [score for score in (*SCORES, "hours") if score in every]
+    heads = [SCORES[score] + " [95 %]" * (score == "bleu4") for score in scores] + [f"B4 against {choice}"] * bool(choice) + ["B4, swapped videos", "hours"]
+    cells = [["", *heads, *[f"paper: {', '.join(SCORES.get(score, score) for score in theirs)}"] * bool(theirs)]]
     for name, row in result["rows"].items():
-        test, paper = row.get("against_choice"), row["paper"]
-        low, high = row["bleu4"]["ci95"]
-        against = f"{test['bleu4']:+.2f} [{test['ci95'][0]:+.2f}, {test['ci95'][1]:+.2f}], p = {test['p']:.3f}" if test else ""
-        theirs = f"{paper['bleu4']:.2f}" + (f" ({paper['rouge_l']:.2f})" if "rouge_l" in paper else "") if paper else ""
-        theirs += f", {paper['hours']:.2f} h" if "hours" in paper else ""
-        b4, r, swapped = (_mean_sd(row[score]) for score in ("bleu4", "rouge_l", "swapped_bleu4"))
-        cells.append([name, f"{b4} [{low:.2f}, {high:.2f}]", r, *([against] if choice else []), swapped, f"{row['hours']:.2f}", theirs])
+        cells.append([name, *(_mean_sd(row[score]) for score in scores)])
+        cells[-1][-1] += f" [{row['bleu4']['ci95'][0]:.2f}, {row['bleu4']['ci95'][1]:.2f}]"
+        if choice:
+            test = row.get("against_choice")
+            cells[-1].append(f"{test['bleu4']:+.2f} [{test['ci95'][0]:+.2f}, {test['ci95'][1]:+.2f}], p = {test['p']:.3f}" if test else "")
+        cells[-1] += [_mean_sd(row["swapped_bleu4"]), f"{row['hours']:.2f}"]
+        if theirs:
+            cells[-1].append(", ".join(f"{row['paper'][score]:.2f}" for score in theirs if score in row["paper"]))
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     lines.insert(1, "|" + "---|" * len(cells[0]))
     seeds = f"mean ± s.d. over {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
     note = f"{result['recipe']}, {result['sentences']} sentences of {SPLIT}, {seeds}, convention {result['convention']}; intervals and p by paired bootstrap over sentences."
     note += f" Not finished yet: {', '.join(result['missing'])}." * bool(result["missing"])
-    return "\n".join([f"**{result['title']}**", "", *lines, "", note, ""])
+    norms = [_dominance(name, row["dominance"]) for name, row in result["rows"].items() if "dominance" in row]
+    return "\n".join([f"**{result['title']}**", "", *lines, "", *norms, note, ""])
+
+
+def _dominance(name: str, seeds: list[dict]) -> str:
+    """A row of Figure 2 in words, with each seed's numbers."""
+    said = []
+    for kind, what in (("grad", "gradient"), ("param", "parameters")):
+        shares, medians = (" / ".join(format(seed[kind][number], form) for seed in seeds) for number, form in (("larger", ".0%"), ("median", ".2f")))
+        said.append(f"{what} in {shares} of the steps (median of LLM ÷ encoder {medians})")
+    return f"{name}: the last layer of the LLM has the larger {', the larger '.join(said)}.\n"
 
 
 def _mean_sd(values: dict) -> str:

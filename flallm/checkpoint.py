@@ -121,6 +121,9 @@ class Writer:
 
     def _name(self, manifest: dict) -> str | None:
         folder = self.folder / f"step-{manifest['step']}"
+        for name, facts in manifest["files"].items():
+            if not (self._part(manifest) / name).is_file() or (self._part(manifest) / name).stat().st_size != facts["bytes"]:
+                return f"{name}, of another rank, is not there: a run folder has to lie on a file system that all nodes share"
         try:
             with open(self._part(manifest) / "manifest.json", "w") as file:
                 file.write(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
@@ -194,11 +197,16 @@ def restore(folder: Path, manifest: dict, engine, ranks: Ranks, seed: int) -> St
     return state
 
 
+def steps(run: Path) -> list[int]:
+    """Of which steps a run has checkpoints, whole or not. A copy under another name, such as step-10.bak, is none of them."""
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal() and path.name.isascii())
+
+
 def newest_good(run: Path, ranks: Ranks) -> tuple[Path, dict] | None:
     """(folder, manifest) of the newest checkpoint whose every file is what its manifest says; None in a run that has none yet."""
-    names = ranks.gather(sorted((p.name for p in (run / "checkpoints").glob("step-[0-9]*")), key=_step_of))[0]
-    for name in reversed(names):
-        folder = run / "checkpoints" / name
+    found = ranks.gather(steps(run))[0]
+    for step in reversed(found):
+        folder = run / f"checkpoints/step-{step}"
         try:
             manifest, problem = _manifest(folder), None
             files = list(manifest["files"])[ranks.rank :: ranks.world_size]  # ranks share the reading
@@ -210,8 +218,8 @@ def newest_good(run: Path, ranks: Ranks) -> tuple[Path, dict] | None:
             return folder, manifest
         if ranks.first:
             print(f"warning: {problem}; going on from the checkpoint before it", flush=True)
-    if names:
-        raise UserError(f"none of the {len(names)} checkpoints in {run} is whole: remove them to start from the beginning")
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {run} is whole: remove them to start from the beginning")
     return None
 
 
@@ -300,9 +308,9 @@ def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _manifests(folder: Path) -> list[tuple[dict, Path]]:
     """Those that can be read."""
     found = []
-    for path in folder.glob("step-[0-9]*"):
+    for step in steps(folder.parent):
         with contextlib.suppress(UserError):
-            found.append((_manifest(path), path))
+            found.append((_manifest(folder / f"step-{step}"), folder / f"step-{step}"))
     return found
 
 
@@ -341,7 +349,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _step_of(name: str) -> int:
-    return int(name.removeprefix("step-"))

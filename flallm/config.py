@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -23,6 +24,7 @@ from flallm.video import Augment
 
 STAGES = ("stage1", "stage2", "joint")
 CHOICES = {
+    "convention": ("raw", "13a", "csl-daily", "zh", "lower"),  # metrics.CONVENTIONS, which take seconds to import
     "train.optimizer": ("sgd", "adamw"),
     "train.precision": ("bf16", "fp32"),
     "train.frozen": ("nothing", "backbone", "encoder", None),
@@ -30,12 +32,14 @@ CHOICES = {
 }
 LEAST = {
     1: (
-        "data.resize", "data.crop", "data.stride", "data.max_frames", "data.prefetch_mib", "llm.stack", "train.steps", "train.batch", "train.micro_batches",
+        "data.resize", "data.crop", "data.stride", "data.max_frames", "data.prefetch_mib", "encoder.stem", "encoder.widths", "encoder.depths",
+        "encoder.channels", "encoder.kernel", "light_t.layers", "light_t.heads", "light_t.width", "light_t.ffn", "llm.stack", "train.steps", "train.batch",
+        "train.micro_batches",
         "train.pool", "train.log_every", "train.max_skipped", "train.timeout", "checkpoint.last", "checkpoint.best", "decode.beam", "decode.max_tokens",
         "decode.batch",
     ),
     0: (
-        "data.workers", "data.cache_gib", "llm.lora.rank", "train.batch_frames", "train.lr_encoder", "train.lr_adapter", "train.lr_language", "train.lr_first",
+        "seed", "data.workers", "data.cache_gib", "data.augment.probability", "data.augment.rotate", "data.augment.scale", "data.augment.translate", "llm.lora.rank", "train.batch_frames", "train.lr_encoder", "train.lr_adapter", "train.lr_language", "train.lr_first",
         "train.momentum", "train.weight_decay", "train.max_grad_norm", "train.word_loss", "train.mask_frames", "train.mask_channels", "train.spike",
         "train.dev_every", "train.dev_clips", "checkpoint.every", "checkpoint.minutes",
     ),
@@ -116,8 +120,8 @@ class Train:
     lr_adapter: float = 1e-2
     lr_language: float = 1e-2
     one_pass: bool = False  # in joint: the encoder learns from Light-T as in stage 1, beside an LLM that reads its features and leaves it alone …
-    lr_first: float = 1e-2  # … of that Light-T and its adapter
-    llm_start: float = 0.0  # … share of the steps after which LLM and LLM-adapter begin to learn, with their own warm-up and cosine
+    lr_first: float = 1e-2  # … of that Light-T, its adapter and the word loss's layer
+    llm_start: float = 0.0  # … share of the steps after which the LLM and its adapter compute and learn, with a warm-up and a cosine of their own
     momentum: float = 0.9  # of sgd
     betas: tuple[float, ...] = (0.9, 0.998)  # of adamw
     weight_decay: float = 1e-3
@@ -125,8 +129,8 @@ class Train:
     max_grad_norm: float = 1.0  # a gradient with a larger one is scaled down to it
     label_smoothing: float = 0.2  # [P]
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
-    mask_frames: int = 0  # in stage 2: SpecAugment's two masks over up to so many of a clip's features in a row, set to 0 in training …
-    mask_channels: int = 0  # … and two over up to so many channels
+    mask_frames: int = 0  # in stage 2: SpecAugment's two masks set fewer than so many of a clip's features in a row to 0 in training, and never half of them …
+    mask_channels: int = 0  # … and two more fewer than so many channels
     frozen: str | None = None  # nothing | backbone | encoder (that is backbone and temporal module); none: the encoder in stage 2, else nothing
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
     deepspeed: str | None = None  # a DeepSpeed JSON file; none: ds_configs/zero2.json, without a GPU zero2_cpu.json
@@ -194,7 +198,7 @@ def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) ->
 def read_yaml(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no recipe: sections such as `data:` were expected")
@@ -206,7 +210,7 @@ def from_dict(cls, values: dict, where: str):
     hints, kwargs = typing.get_type_hints(cls), {}
     for name, value in values.items():
         if name not in hints:
-            raise UserError(f"{where}: there is no field {name!r}{_suggest(name, hints)}")
+            raise UserError(f"{where}: there is no field {name!r}{_suggest(str(name), hints)}")
         kwargs[name] = _coerce(value, hints[name], f"{where}: {name}")
     return cls(**kwargs)
 
@@ -243,13 +247,20 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         if (value := flat(config)[name]) not in choices:
             raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
     values = flat(config)
+    for least, names in LEAST.items():
+        for name in names:
+            numbers = values[name] if isinstance(values[name], tuple) else (values[name],)
+            if below := [number for number in numbers if number is not None and number < least]:
+                raise UserError(f"{name}: {below[0]} is less than {least}")
     if config.train.one_pass and config.stage != "joint":
         raise UserError(f"train.one_pass: {config.stage} is one of two passes, joint takes it")
     for name in ("train.llm_start", "train.warmup", "train.label_smoothing", "light_t.dropout", "llm.dropout"):
         if not 0 <= (value := values[name]) < 1:
             raise UserError(f"{name}: {value} is no share from 0 to below 1")
-    if len(config.train.betas) != 2:
-        raise UserError(f"train.betas: {', '.join(map(str, config.train.betas))}: two numbers are needed")
+    if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
+        raise UserError(f"train.betas: {', '.join(map(str, config.train.betas))}: two numbers from 0 to below 1 are needed")
+    if len(config.encoder.widths) != len(config.encoder.depths):
+        raise UserError(f"encoder.depths: {len(config.encoder.depths)} of them for {len(config.encoder.widths)} encoder.widths")
     if config.light_t.width % config.light_t.heads:
         raise UserError(f"light_t.heads: {config.light_t.heads} heads cannot share a light_t.width of {config.light_t.width}")
     if config.stage == "joint" and config.llm.input != "signs":
@@ -260,10 +271,6 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
     if config.llm.prompt.count(PLACE) != 1:
         raise UserError(f"llm.prompt: {config.llm.prompt!r} must hold {PLACE} once, the place of the features")
-    for least, names in LEAST.items():
-        for name in names:
-            if (value := values[name]) is not None and value < least:
-                raise UserError(f"{name}: {value} is less than {least}")
     if config.train.steps is None and config.train.epochs <= 0:
         raise UserError(f"train.epochs: {config.train.epochs} is not more than 0")
     return config
@@ -272,6 +279,8 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
 def _put(section: dict, names: list[str], value: object) -> None:
     for name in names[:-1]:
         section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{'.'.join(names)}: {name} is {section!r} and has no fields")
     with contextlib.suppress(TypeError, ValueError):  # what is no number and no true or false is text
         value = json.loads(value)
     section[names[-1]] = value
@@ -318,7 +327,7 @@ def _coerce(value, hint, where: str):
         if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
             item = typing.get_args(kind)[0]
             return tuple(_coerce(v, item, where) for v in value)
-        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
         if kind is int and isinstance(value, int | float | str) and not isinstance(value, bool) and float(value).is_integer():
             return int(float(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 from zlib import crc32
@@ -44,6 +45,17 @@ def kind(shards: Shards, crop: int) -> tuple[tuple[int, ...], np.dtype]:
     return (shards.features["channels"],), np.dtype(DTYPES[shards.features["dtype"]])
 
 
+def features(content: bytes, shape: tuple[int, int], dtype: np.dtype, copies: int) -> np.ndarray:
+    """A clip's stored features (1 or 1 + copies, N, C). Raises `BadSample` for anything but a .npy file of just these: nothing of it is interpreted."""
+    for count in (1, 1 + copies):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count, *shape)})
+        head = file.getvalue()
+        if content.startswith(head) and len(content) == len(head) + count * math.prod(shape) * np.dtype(dtype).itemsize:
+            return np.frombuffer(content, dtype, offset=len(head)).reshape(count, *shape)
+    raise BadSample(f"is no array of {shape[0]} features of {shape[1]} channels in {np.dtype(dtype)}")
+
+
 def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np.ndarray) -> tuple[str, str, str]:
     """As `run`, into an array."""
     resize, crop, stride, max_frames, augment, seed = options
@@ -52,9 +64,8 @@ def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np
         source, meta = shards.read(number)
         key = meta["key"]
         if shards.features:
-            stored, copies = np.load(io.BytesIO(source), allow_pickle=False), shards.features["copies"]
-            if stored.dtype != out.dtype or stored.shape[1:] != out.shape:
-                raise BadSample(f"holds features {stored.shape} of {stored.dtype} where {out.shape} of {out.dtype} are to be")
+            copies = shards.features["copies"]
+            stored = features(source, out.shape, out.dtype, copies)
             out[:] = stored[0 if epoch is None or not copies else 1 + epoch % copies]
             return key, meta["text"], ""
         frames = video.decode(source, resize, stride, max_frames, meta["num_frames"], squeeze=epoch is None)

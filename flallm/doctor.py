@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from packaging.requirements import Requirement
 
-from flallm import UserError, decoder, engine
+from flallm import UserError, decoder, engine, first_line
 from flallm.config import Config, Train
 from flallm.loader import Clips
 
@@ -59,7 +59,7 @@ def _packages() -> Iterator[Row]:
             importlib.import_module(name)
             yield OK, name, importlib.metadata.version(name)
         except (ImportError, OSError, RuntimeError) as error:
-            yield MISS, name, f"does not come up ({str(error).splitlines()[0]}): torch and torchaudio have to be a pair of one index"
+            yield MISS, name, f"does not come up ({first_line(error)}): torch and torchaudio have to be a pair of one index"
 
 
 def _devices() -> Iterator[Row]:
@@ -111,7 +111,10 @@ def _disk(folder: Path) -> Row:
 def _slurm() -> Row:
     if not shutil.which("sbatch"):
         return OK, "Slurm", "none here: start runs with flallm, torchrun or deepspeed"
-    answer = subprocess.run(["sinfo", "--noheader", "--format=%P %a %D %G"], capture_output=True, text=True, timeout=30, check=False)
+    try:
+        answer = subprocess.run(["sinfo", "--noheader", "--format=%P %a %D %G"], capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return WARN, "Slurm", "sinfo does not answer within 30 s"
     if answer.returncode:
         return WARN, "Slurm", f"sinfo fails: {answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else answer.returncode}"
     return OK, "Slurm", "; ".join(answer.stdout.splitlines()[:4])

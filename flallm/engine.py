@@ -77,7 +77,7 @@ def join(timeout: float = 600) -> Ranks:
             env.update(_slurm_rendezvous())
     if "RANK" not in env:
         # Port 0: the one that is free once it is opened. One asked for beforehand can be gone by then.
-        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start the ranks with torchrun, deepspeed or slurm/*.sh")
@@ -321,6 +321,8 @@ def deepspeed_config(config: Train, device: str) -> dict:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"train.deepspeed: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise UserError(f"train.deepspeed: {path} holds no settings of DeepSpeed: an object with sections such as zero_optimization was expected")
     for name, value in config.deepspeed_overrides.items():
         if name not in settings:
             raise UserError(f"train.deepspeed_overrides: {path} has no field {name!r} but {', '.join(settings)}")
@@ -447,7 +449,7 @@ def moving_statistics(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class Asked:
-    """Whether SIGTERM or SIGUSR1 has asked this process to stop. Worker processes inherit the handler and so outlive a signal to all."""
+    """Whether SIGTERM or SIGUSR1 has asked this process to stop. A signal to all processes ends decoding workers: their clips are decoded again."""
 
     def __init__(self):
         self.stop = False

@@ -33,7 +33,9 @@ def decode_split(
     change: what is done to batches before the model sees them."""
     clips = Clips(split, config.data, config.seed)
     check_features(clips, model)
-    numbers = np.arange(min(limit, len(clips.used)) if limit else len(clips.used))
+    count = len(clips.used)
+    # Some of them are taken from everywhere: a video's or a signer's clips lie one after another.
+    numbers = np.arange(count) if not limit or limit >= count else np.unique(np.linspace(0, count - 1, limit).astype(int))
     mine = numbers[np.argsort(clips.used[numbers], kind="stable")][ranks.rank :: ranks.world_size]  # alike in length and work
     groups = [[(None, int(n)) for n in mine[i : i + decode.batch]] for i in range(0, len(mine), decode.batch)]
     was_training = model.training

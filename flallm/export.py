@@ -45,14 +45,15 @@ def export(run: Path, out: Path, merge: bool, licence: str) -> None:
     if out.exists():
         raise UserError(f"{out} exists already")
     model, config = load_run(run, torch.device("cpu"))
-    apart = config.llm.lora.rank and not merge
+    apart = model.base and not merge
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     if apart:
         shutil.copytree(run / "llm", part / "llm")
     else:
-        if config.llm.lora.rank:
-            model.language, model.base, config.llm.lora.rank = model.language.merge_and_unload(), set(), 0
+        if model.base:
+            model.language, model.base = model.language.merge_and_unload(), set()
+        config.llm.lora.rank = 0
         model.text.tokenizer.save_pretrained(part / "llm")
         model.text.config.save_pretrained(part / "llm")
     save_file(checkpoint.unique_tensors(model), part / "model.safetensors")

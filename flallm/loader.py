@@ -26,6 +26,7 @@ from flallm.workers import Lost, Workers
 
 IGNORE = -100  # a label that is no token
 TIMEOUT = 60  # seconds a worker may take for one clip
+MOST_AHEAD = 64  # batches, each with an open file of which a process may have 1,024 on many machines
 
 Group = list[tuple[int | None, int]]  # (epoch, clip number); without an epoch a clip is not augmented
 
@@ -78,7 +79,7 @@ def batches(clips: Clips, text: Text, groups: Iterable[Group], workers: int) -> 
         try:
             for group in groups:
                 bytes_needed = int(clips.used[[n for _, n in group]].sum()) * clips.frame_bytes
-                while ahead and size + bytes_needed > limit:
+                while ahead and (size + bytes_needed > limit or len(ahead) == MOST_AHEAD):
                     size -= ahead[0].size
                     yield ahead.popleft().batch(text)
                 ahead.append(_Ahead(clips, group, pool))

@@ -15,6 +15,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from torch import nn
 
 from flallm import UserError, metrics, write_whole
 from flallm.engine import Ranks
@@ -97,16 +98,18 @@ class MeanFeature:
         width = self.model.adapter[0].in_features
         *total, count = ranks.sum(*(self.sum.tolist() if self.count else [0.0] * width), self.count)
         mean = torch.tensor(total, device=ranks.device) / count
-        with self._hook(lambda _, inputs: (mean.to(inputs[0]).expand_as(inputs[0]),)):
+        others = [self.model.words] if self.model.input == "words" else []  # which sees what the adapter sees
+        with self._hook(lambda _, inputs: (mean.to(inputs[0]).expand_as(inputs[0]),), *others):
             yield
 
     @contextmanager
-    def _hook(self, hook: Callable) -> Iterator[None]:
-        handle = self.model.adapter.register_forward_pre_hook(hook)
+    def _hook(self, hook: Callable, *others: nn.Module) -> Iterator[None]:
+        handles = [module.register_forward_pre_hook(hook) for module in (self.model.adapter, *others)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _judge(said: dict[str, list[str]], right: list[Prediction], convention: str) -> dict:

@@ -202,7 +202,10 @@ def _shards(folder: str, split: str, notes: list[str]) -> tuple[Shards | None, s
 
 
 def _add_nearest(sentences: list[Sentence], shards: Shards) -> None:
-    texts = list(dict.fromkeys(meta["text"] for meta in training_clips(shards.folder)))
+    try:
+        texts = list(dict.fromkeys(meta["text"] for meta in training_clips(shards.folder)))
+    except UserError:  # shards of test alone
+        return
     if not texts:
         return
     nearest = Nearest(texts)

@@ -48,7 +48,7 @@ def _rows(path: Path) -> list[tuple[str | None, object]]:
     for number, line in enumerate(_lines(path), 1):
         try:
             rows.append((None, json.loads(line) if path.suffix == ".jsonl" else line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: no JSON: {error}") from None
     return rows
 

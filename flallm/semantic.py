@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flallm import UserError, metrics
+from flallm import UserError, first_line, metrics
 from flallm.scorers import Meaning
 
 BATCH = 64
@@ -22,7 +22,7 @@ def semantic(folder: Path, hypotheses: Sequence[str], references: Sequence[str],
     if not (folder / "config.json").is_file():
         raise UserError(f"--semantic: {folder} is no model folder (no config.json)")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         head = (config.architectures or [""])[0].endswith("ForSequenceClassification")
         if head and config.num_labels != 1:
             raise UserError(f"--semantic: {folder} puts sentences into {config.num_labels} classes; BLEURT gives one number")
@@ -30,7 +30,7 @@ def semantic(folder: Path, hypotheses: Sequence[str], references: Sequence[str],
         name, bounds = ("bleurt", (-math.inf, math.inf)) if head else ("bertscore", (-100.0, 100.0))
         values = _bleurt(folder, pairs) if head else _bertscore(folder, pairs, layer)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--semantic: {folder}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--semantic: {folder}: {first_line(error)}") from None
     score, signature = metrics.measure(Meaning(name, bounds, dict(zip(pairs, values))), list(hypotheses), list(references))
     return {name: score, "signature": f"{signature}|model:{folder.resolve().name}" + f"|layer:{layer or config.num_hidden_layers}" * (not head)}
 
@@ -40,8 +40,8 @@ def _bleurt(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
     """What the model says of (reference, hypothesis): Sellam et al. 2020."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model, values = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval(), []
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model, values = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval(), []
     for i in range(0, len(pairs), BATCH):
         hypotheses, references = zip(*pairs[i : i + BATCH])
         inputs = tokenizer(list(references), list(hypotheses), padding=True, truncation="longest_first", max_length=512, return_tensors="pt")
@@ -55,7 +55,10 @@ def _bertscore(folder: Path, pairs: list[tuple[str, str]], layer: int | None) ->
     torchmetrics 1.9 matches sentences of a batch with others' references (it undoes its sorting by length the wrong way)."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder, local_files_only=True), AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval(),
+    )
     layers = model.config.num_hidden_layers
     if not 1 <= (layer or layers) <= layers:
         raise UserError(f"--layer: {folder} has layers 1 to {layers}, not {layer}")

@@ -135,7 +135,8 @@ def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str 
         dataset["splits"][split] = {"clips": len(index["frames"]), "frames": int(index["frames"].sum()), "shard_bytes": sizes}
     dataset["rows_sha256"] = kept.hexdigest()
     write_whole(out / "dataset.json", json.dumps(dataset, indent=1, ensure_ascii=False))
-    (out / "dataset.json.part").unlink(missing_ok=True)
+    for left in (out / "dataset.json.part", *out.glob("*-*.*.part")):  # of tries that were killed
+        left.unlink(missing_ok=True)
     for path, _ in shards:
         path.with_suffix(".rows").unlink(missing_ok=True)
     return dataset

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from unicodedata import east_asian_width
 
-from flallm import UserError
+from flallm import UserError, first_line
 from flallm.config import LLM, PLACE
 
 PLACES = 1024  # positions of Light-T, and of mBART
@@ -27,10 +27,10 @@ class Text:
         if (local.is_absolute() or llm.path.startswith(".") or len(local.parts) > 2) and not local.is_dir():
             raise UserError(f"llm.path: {llm.path} is no folder: put a pre-trained model there or name one of the hub")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(llm.path)
-            self.config = AutoConfig.from_pretrained(llm.path)
+            self.tokenizer = AutoTokenizer.from_pretrained(llm.path, trust_remote_code=False)
+            self.config = AutoConfig.from_pretrained(llm.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"llm.path: no tokenizer and config can be loaded from {llm.path}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"llm.path: no tokenizer and config can be loaded from {llm.path}: {first_line(error)}") from None
         self.end = self.tokenizer.eos_token_id
         if self.end is None:
             raise UserError(f"llm.path: the tokenizer of {llm.path} has no end-of-sentence token (eos_token)")

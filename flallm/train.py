@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     plan = make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
     origin = checkpoint.identity(stage1) if config.stage == "stage2" and stage1 and (stage1 / "checkpoints").is_dir() else None
+    there = ranks.gather(checkpoint.steps(run))[0]
     found = newest(config, run, ranks, data, origin)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
     if found:
@@ -69,8 +71,13 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         raise UserError(f"data.max_frames: a clip has {most} features, and {text.longest} is what the language model takes: raise data.stride or llm.stack")
     check_features(clips, model)
     total = config.train.steps or plan.total(config.train.epochs)
+    if config.decode.max_tokens > text.longest:
+        raise UserError(f"decode.max_tokens: {config.decode.max_tokens} are more than the {text.longest} that the language model takes")
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
+    dev_every = config.train.dev_every or plan.steps(0)
     with checkpoint.lock(run, ranks), engines.Asked() as asked, contextlib.ExitStack() as leaving:
+        if ranks.gather(checkpoint.steps(run))[0] != there:
+            raise UserError(f"{run} was written to while this start read it: start again")
         torch.manual_seed(config.seed * 1000 + ranks.rank + 1)  # … and drop out different units
         first = found[1]["step"] if found else 0
         decoded = batches(clips, text, training_groups(plan, ranks.rank, first, total), config.data.workers)
@@ -91,15 +98,18 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             with log.waiting():
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
             rates = engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))
+            if model.llm_waits and (rates["language"] or rates["adapter"]):
+                state.usual = 0.0  # the loss is the LLM's from here on
+            model.llm_waits = model.one_pass and not (rates["language"] or rates["adapter"])
             most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
             flags = (asked.stop, writer.written, writer.due() and ranks.first)
             step = engines.train_step(engine, micro_batches, ranks, *flags, most=most, norms=log.is_due())
             log.step(step, micro_batches, rates)
             stop, written, due = step.flags
-            if state.skipped_in_a_row == config.train.max_skipped:
+            if state.skipped_in_a_row >= config.train.max_skipped:
                 give_up(writer, log, f"{config.train.max_skipped} steps in a row had to be left out, see {run}/skipped.jsonl; the last good checkpoint is kept")
             dev = None
-            if state.step % (config.train.dev_every or plan.steps(0)) == 0 or state.step == total:
+            if state.step % dev_every == 0 or state.step == total:
                 with engines.whole(engine):
                     dev = look_at_dev(model, config, ranks, log)
             try:
@@ -213,14 +223,16 @@ class Log:
         if ranks.first:
             from torch.utils.tensorboard import SummaryWriter
 
-            (run / "config.yaml").write_text(cfg.dump(config))
-            (run / "command.txt").write_text(" ".join(sys.argv) + "\n")
-            (run / "environment.json").write_text(json.dumps(environment(ranks), indent=1))
-            text.tokenizer.save_pretrained(run / "llm")
-            text.config.save_pretrained(run / "llm")
-            if model.base and not state.step:
-                save_base(model.language, run / "llm")
-            self._forget_what_is_done_again()
+            write_whole(run / "config.yaml", cfg.dump(config))
+            write_whole(run / "command.txt", shlex.join(sys.argv) + "\n")
+            write_whole(run / "environment.json", json.dumps(environment(ranks), indent=1))
+            if not state.step:  # else it was read from there
+                text.tokenizer.save_pretrained(run / "llm")
+                text.config.save_pretrained(run / "llm")
+                if model.base:
+                    save_base(model.language, run / "llm")
+            self._forget_what_is_done_again("metrics.jsonl")
+            self._forget_what_is_done_again("skipped.jsonl")
             self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=state.step + 1)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
             whole = sum(p.numel() for p in model.parameters()) / 1e6
@@ -230,9 +242,11 @@ class Log:
             if state.step:
                 self.say(f"going on from the checkpoint of step {state.step} of {total}")
 
-    def _forget_what_is_done_again(self) -> None:
-        path = self.run / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+    def _forget_what_is_done_again(self, name: str) -> None:
+        path = self.run / name
+        if not path.exists():
+            return
+        lines = path.read_text().splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.state.step]  # the last may be half a line
         write_whole(path, "".join(f"{line}\n" for line in kept))
 

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flallm import UserError
+from flallm import UserError, first_line
 from flallm.config import LLM
 from flallm.corpora import read_text
 from flallm.model.llm import load_llm
@@ -35,9 +35,9 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
         raise UserError(f"{out} exists already")
     model = load_llm(LLM(path=path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is not one of the tokenizers library")
     counts = {split: _count(tokenizer, _texts(Shards(shards, split))) for split in ("train", *sorted({*splits_of(shards)} - {"train"}))}
@@ -124,6 +124,8 @@ def trim_model(model: torch.nn.Module, kept: dict[int, int]) -> None:
     for module in model.modules():
         if id(getattr(module, "weight", None)) in tables:
             module.weight = tables[id(module.weight)]
+            if getattr(module, "bias", None) is not None:
+                module.bias = nn.Parameter(module.bias.detach()[rows])
             setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(rows))
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias = model.final_logits_bias[:, rows]
@@ -132,5 +134,5 @@ def trim_model(model: torch.nn.Module, kept: dict[int, int]) -> None:
         for name in SPECIAL_IDS:
             value = getattr(config, name, None)
             if value is not None:
-                setattr(config, name, [kept[i] for i in value] if isinstance(value, list) else kept[value])
+                setattr(config, name, [kept[i] for i in value if i in kept] if isinstance(value, list) else kept.get(value))
     model.config.trimmed_from = before

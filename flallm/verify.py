@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flallm.corpora import BROKEN, open_video
-from flallm.decoder import DTYPES
+from flallm.decoder import DTYPES, features
 from flallm.encode import TIMEOUT
 from flallm.shards import BadSample, Shards
 from flallm.video import used_frames
@@ -46,7 +45,9 @@ def _verify_shard(folder: str, split: str, number: int, rows: list[int]) -> tupl
             content, meta = shards.read(i)
             keys.append(meta["key"])
             if shards.features:
-                problems += _verify_features(content, meta, shards.features, name)
+                made = shards.features
+                used = int(used_frames(np.array([meta["num_frames"]]), made["stride"], made["max_frames"])[0])
+                features(content, (used, made["channels"]), DTYPES[made["dtype"]], made["copies"])
                 continue
             with open_video(content) as container:
                 frames = sum(1 for _ in container.decode(video=0))
@@ -64,12 +65,3 @@ def _verify_shard(folder: str, split: str, number: int, rows: list[int]) -> tupl
         strange = next((m for m, (file, regular) in enumerate(members) if m >= len(wanted) or file != wanted[m] or not regular), len(members))
         problems.append(f"{name}: member {strange} is not the file the index says: the tar was changed")
     return keys, problems
-
-
-def _verify_features(content: bytes, meta: dict, made: dict, name: str) -> list[str]:
-    """The problem of a clip's features (copies, N, C), if there is one."""
-    stored = np.load(io.BytesIO(content), allow_pickle=False)
-    frames = int(used_frames(np.array([meta["num_frames"]]), made["stride"], made["max_frames"])[0])
-    if stored.dtype == DTYPES[made["dtype"]] and stored.shape[1:] == (frames, made["channels"]) and len(stored) in (1, 1 + made["copies"]):
-        return []
-    return [f"{name}: {meta['key']} holds {stored.shape} of {stored.dtype}, not features of {frames} frames and {made['channels']} channels"]

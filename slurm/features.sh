@@ -4,6 +4,7 @@
 #SBATCH --gpus-per-node=8          # of each node; a GPU is a rank
 #SBATCH --cpus-per-task=64         # of each node: for every GPU data.workers of the recipe, and two more
 #SBATCH --time=02:00:00            # what your partition allows
+#SBATCH --signal=USR1@120          # seconds before that to end: the job goes on from the shards that are done
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log  # one log a job

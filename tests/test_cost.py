@@ -112,3 +112,10 @@ def test_without_shards_and_published_lengths_there_is_no_plan():
         cost.cost(cfg.load("demo", "stage1", {"data.shards": "nowhere"}), 1, A100)
     with pytest.raises(UserError, match="too few for 64 ranks"):
         cost.cost(recipe("stage1"), 64, A100)
+
+
+@pytest.mark.parametrize("name", ["phoenix14t", "csl-daily", "how2sign"])
+def test_a_recipe_of_the_paper_has_a_plan_without_shards_and_weights(name, tmp_path, flallm):
+    done = flallm("plan", name, "--world_size=8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{name} stage1 on 8 x A100 80 GB" in done.stdout and f"{name} stage2 on 8 x" in done.stdout and done.stdout.count("run  ") == 2

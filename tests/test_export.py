@@ -30,7 +30,7 @@ def trained(shards, llm, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("export")
     at = {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **SHORT}
     configs = {
-        "stage1": cfg.load("demo", "stage1", at),
+        "stage1": cfg.load("demo", "stage1", at | {"llm.lora.rank": 4}),  # which is for stage 2, in a recipe such as smollm2
         "stage2": cfg.load("demo", "stage2", at),
         "lora": cfg.load("demo", "stage2", at | {"llm.path": str(save("llama", out / "llama")), "llm.lora.rank": 4, "llm.prompt": "we saw {video} and"}),
     }

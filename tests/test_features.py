@@ -1,12 +1,14 @@
 """Features in place of video: the same whatever the ranks and restarts, and the same losses."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from flallm import UserError, engine, evaluate, shards
+from flallm import UserError, decoder, engine, evaluate, shards
 from flallm.features import features
 from flallm.loader import Clips
 from flallm.train import train
@@ -84,6 +86,26 @@ def test_features_take_the_place_of_video(small, tmp_path):
     }
     engine.launch(two_ranks, 2, config, tmp_path)
     engine.launch(one_rank, 1, config, stage2, tmp_path)
+
+
+NPY = {"bytes": b"", "zip": b"PK\x03\x04" + bytes(200)}
+for name, array in (("type", np.zeros((1, 3, 4), np.float64)), ("copies", np.zeros((3, 3, 4), np.float32)), ("objects", np.array([[[{}] * 4] * 3]))):
+    np.save(file := io.BytesIO(), array, allow_pickle=True)
+    NPY[name] = file.getvalue()
+np.lib.format.write_array_header_1_0(file := io.BytesIO(), {"descr": "<f4", "fortran_order": False, "shape": (1, 10**13, 4)})
+NPY["size"] = file.getvalue()
+
+
+@pytest.mark.parametrize("content", NPY.values(), ids=NPY)
+def test_what_is_no_array_of_the_features_is_left_out_without_a_look_into_it(content):
+    with pytest.raises(shards.BadSample, match="is no array of 3 features of 4 channels in float32"):
+        decoder.features(content, (3, 4), np.float32, 1)
+
+
+@pytest.mark.parametrize("copies", [0, 2])
+def test_features_are_read_as_numpy_wrote_them(copies):
+    np.save(file := io.BytesIO(), array := np.random.default_rng(0).random((1 + copies, 3, 4), np.float32))
+    assert np.array_equal(decoder.features(file.getvalue(), (3, 4), np.float32, 2), array)
 
 
 def test_parts_of_two_caches_are_refused(tmp_path):

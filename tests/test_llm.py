@@ -1,5 +1,7 @@
 """Stage 2's families of language models: each reads features as it reads words, alone as in a batch."""
 
+import io
+import json
 import shutil
 from pathlib import Path
 
@@ -137,6 +139,21 @@ def test_gradient_checkpointing_changes_memory_alone(built):
 def test_a_prompt_names_the_place_of_the_features_once():
     with pytest.raises(UserError, match=r"must hold \{video\} once"):
         cfg.load("demo", "stage2", {"llm.prompt": "translate this"})
+
+
+def test_code_in_a_model_folder_is_not_run(folders, tmp_path, monkeypatch):
+    shutil.copytree(folders["llama"], tmp_path / "llm")
+    (tmp_path / "llm/theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    content = json.loads((tmp_path / "llm/config.json").read_text()) | {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.C"},
+    }
+    (tmp_path / "llm/config.json").write_text(json.dumps(content))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # who answers every question with yes
+    for load in (Text, load_llm):
+        with pytest.raises(UserError, match="can be loaded from"):
+            load(cfg.LLM(path=str(tmp_path / "llm")))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_families_that_do_not_fit_and_folders_that_lack_files_are_named(folders, tmp_path):

@@ -156,6 +156,12 @@ def test_the_last_the_best_and_every_nth_checkpoint_are_kept(runs):
     assert {p.name for p in (out / "few/checkpoints").iterdir()} == {"step-4", "step-6", f"step-{scores[max(scores)]}"}
 
 
+def test_a_copy_of_a_checkpoint_is_none_and_is_kept(tmp_path):
+    for name in ("step-3", "step-10", "step-10.bak", "step-²", "step-"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint.steps(tmp_path) == [3, 10]
+
+
 def test_a_checkpoint_is_written_when_its_time_has_come(runs):
     _, out = runs
     assert {p.name for p in (out / "clock/checkpoints").iterdir()} == {f"step-{n}" for n in range(1, 7)}

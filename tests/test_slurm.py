@@ -47,10 +47,11 @@ def submit(cluster: Cluster, folder: Path, nodes: str, *arguments: str) -> str:
     return cluster.ask("sbatch", "--parsable", *options, str(ROOT / "slurm/stage1.sh"), *arguments, f"--run_dir={folder}/run").strip()
 
 
-@pytest.mark.parametrize("name", ["phoenix14t", "csl-daily", "how2sign"])
-def test_slurm_would_take_both_stages_of_the_papers_recipes(cluster, name):
+def test_slurm_would_take_both_stages_of_a_recipe_of_the_paper(cluster):
     for stage, *more in (("stage1",), ("stage2", "--stage1=/run")):
-        cluster.ask("sbatch", "--test-only", "--gpus-per-node=0", "--cpus-per-task=16", str(ROOT / f"slurm/{stage}.sh"), name, "--data.shards=/shards", *more)
+        cluster.ask(
+            "sbatch", "--test-only", "--gpus-per-node=0", "--cpus-per-task=16", str(ROOT / f"slurm/{stage}.sh"), "phoenix14t", "--data.shards=/shards", *more
+        )
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -73,7 +73,14 @@ def test_logits_of_kept_tokens_are_the_same(kind, tied, tmp_path):
             untie(model, "lm_head.weight")
         whole.lm_head.weight.data.mul_(2), small.lm_head.weight.data.mul_(2)
     kept = {old: new for new, old in enumerate(sorted({0, 1, 2, 3, *range(5, 100, 3)}))}
+    if kind == "llama":  # as Phi's head, and as LLaMA's own config says of a token there is not
+        for model in (whole, small):
+            model.lm_head.bias = torch.nn.Parameter(torch.arange(float(model.config.vocab_size)) / 100)
+        small.config.pad_token_id = -1
     trim_model(small, kept)
+    assert kind != "llama" or (torch.equal(small.lm_head.bias, whole.lm_head.bias[list(kept)]) and small.config.pad_token_id is None)
+    if kind == "llama":
+        whole.lm_head.bias = small.lm_head.bias = None
     small.save_pretrained(tmp_path / "small")
     again = auto.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
     assert again.config.vocab_size == len(kept) and again.config.trimmed_from == whole.config.vocab_size and again.config.eos_token_id == 2

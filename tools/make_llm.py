@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fire.decorators import SetParseFn
 
-from flallm import UserError, cli
+from flallm import cli
+from flallm.corpora import read_text
 
 
 @SetParseFn(str)
@@ -17,14 +18,12 @@ def pretrain(text: str, *, out: str, steps: str = "800") -> cli.Job:
         out: the folder to write
         steps: of 64 sentences
     """
-    if not Path(text).is_file():
-        raise UserError(f"{text} does not exist")
     number = cli.whole("steps", steps, 1)
 
     def work() -> None:
         from flallm.pretrain import pretrain
 
-        sentences = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+        sentences = [line.strip() for line in read_text(Path(text), "a sentence a line was expected there").splitlines() if line.strip()]
         pretrain(sentences, Path(out), steps=number)
 
     return cli.Job(work)

@@ -58,7 +58,7 @@ def synthetic(
     turned = config.override_fields(synthetic.PRESETS[preset], dict(dial.partition("=")[::2] for dial in dials.split(",") if dial), "--dials")
     counts = dict(zip(("train", "dev", "test"), turned.clips))
     counts |= {name: cli.whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
-    numbers = {"seed": cli.whole("seed", seed), **counts, "size": cli.whole("size", size)}
+    numbers = {"seed": cli.whole("seed", seed), **counts, "size": cli.whole("size", size, 16)}
 
     def text() -> Iterator[str]:
         return (sentence for _, sentence in synthetic.sentences("text", turned.sentences, numbers["seed"], turned))
@@ -177,7 +177,7 @@ def verify(folder: str, *, split: str | None = None, processes: str | None = Non
 
 def _part(value: str) -> tuple[int, int]:
     number, _, of = value.partition("/")
-    if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
         raise UserError(f"--part: {value!r} is not of the form i/n with i from 0 to n - 1")
     return int(number), int(of)
 

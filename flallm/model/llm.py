@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from flallm import UserError
+from flallm import UserError, first_line
 from flallm.config import LLM
 from flallm.loader import IGNORE
 from flallm.text import Text
@@ -97,14 +97,14 @@ def embedding_scale(model: PreTrainedModel) -> float:
 def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
     """The model of `llm.path` with what of it trains; without `weights` only its shape, for weights that a checkpoint holds."""
     try:
-        shape = AutoConfig.from_pretrained(config.path)
+        shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
         kind = shape.model_type
         if kind in DROPOUT:
-            shape = AutoConfig.from_pretrained(config.path, **{DROPOUT[kind]: config.dropout, "attention_dropout": 0.0})
+            shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False, **{DROPOUT[kind]: config.dropout, "attention_dropout": 0.0})
         elif shape.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             raise UserError(f"llm.path: {config.path} is a {kind} model; stage 2 takes {', '.join(DROPOUT)} and decoder-only models such as llama")
         auto = AutoModelForSeq2SeqLM if kind in DROPOUT else AutoModelForCausalLM
-        options = {"attn_implementation": HERE, "dtype": torch.float32}
+        options = {"attn_implementation": HERE, "dtype": torch.float32, "trust_remote_code": False}
         if weights and not config.random:
             model = auto.from_pretrained(config.path, config=shape, **options)
         else:
@@ -112,7 +112,7 @@ def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
             if not PretrainedConfig.get_config_dict(config.path)[0].get("tie_word_embeddings", True) and shape.tie_word_embeddings:
                 untie(model, "lm_head.weight")  # mT5 and T5 1.1: transformers ties what their published weights do not
     except (OSError, ValueError) as error:
-        raise UserError(f"llm.path: no model can be loaded from {config.path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"llm.path: no model can be loaded from {config.path}: {first_line(error)}") from None
     model.generation_config = GenerationConfig()  # else sampling and penalties of an instruction-tuned model would get into beam search
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -139,7 +139,7 @@ def add_lora(model: PreTrainedModel, config: LLM) -> PreTrainedModel:
     try:
         return get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets))
     except ValueError as error:
-        raise UserError(f"llm.lora: {str(error).splitlines()[0]}") from None
+        raise UserError(f"llm.lora: {first_line(error)}") from None
 
 
 def save_base(model: PreTrainedModel, folder: Path) -> None:

@@ -40,7 +40,7 @@ class Translator(nn.Module):
         if self.input == "light_t":
             self.light_t = HiddenStates(adapter(config.encoder.channels, C), config.light_t, text)
         self.adapter = adapter(C * self.stack, self.language.get_input_embeddings().embedding_dim)
-        self.one_pass = config.train.one_pass
+        self.one_pass, self.llm_waits = config.train.one_pass, False  # llm_waits: it does not compute yet, `train.llm_start`
         if self.one_pass:  # the encoder learns from Light-T as in stage 1, and the LLM reads what it sees without a gradient back to it
             self.first = Translator(replace(config, stage="stage1", train=replace(config.train, one_pass=False)), text)
             del self.first.encoder
@@ -51,8 +51,9 @@ class Translator(nn.Module):
             nn.init.zeros_(self.adapter[-1].weight)
             nn.init.zeros_(self.adapter[-1].bias)
         self.encoder.freeze(config.frozen)
-        masks = [(TimeMasking, config.train.mask_frames), (FrequencyMasking, config.train.mask_channels)] * 2  # SpecAugment (Park et al. 2019)
-        self.masks = [kind(longest) for kind, longest in masks if longest and config.stage == "stage2"]
+        # SpecAugment (Park et al. 2019). p: a mask of time takes less than half of a clip, so that two leave something of a single sign.
+        masks = [(TimeMasking, config.train.mask_frames, {"p": 0.5}), (FrequencyMasking, config.train.mask_channels, {})] * 2
+        self.masks = [kind(longest, **limit) for kind, longest, limit in masks if longest and config.stage == "stage2"]
         # The weights under LoRA's: a run writes them once, beside its tokenizer, and its checkpoints hold all others.
         lora = config.llm.lora.rank and not light
         self.base = {f"language.{name}" for name, p in self.language.named_parameters(remove_duplicate=False) if lora and not p.requires_grad}
@@ -63,7 +64,7 @@ class Translator(nn.Module):
             if self.input == "frames":
                 return self.encoder.frame_wise(batch.frames)
             made = batch.frames.ndim == 2  # before, by `flallm features`
-            signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths)
+            signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths, any(batch.keys))
             return self.light_t(signs, batch.lengths) if self.input == "light_t" else signs
 
     def _masked(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -92,12 +93,16 @@ class Translator(nn.Module):
         return {"inputs_embeds": padded, "attention_mask": mask.to(padded.device)}
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens."""
+        """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens; these are the LLM's,
+        and Light-T's where the LLM waits."""
         features = self._masked(self.features(batch), batch.lengths)
         if not self.one_pass:
             return self._loss(features, batch)
+        first = self.first._loss(features, batch)
+        if self.llm_waits:
+            return first
         objective, loss = self._loss(features.detach(), batch)
-        return self.first._loss(features, batch)[0] + objective, loss
+        return first[0] + objective, loss
 
     def _loss(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         labels = batch.labels

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
-from flallm import UserError
+from flallm import UserError, first_line
 from flallm.config import Encoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,18 +31,20 @@ class VisualEncoder(nn.Module):
         if config.weights:
             load_torchvision(self.backbone, config.weights)
         self.temporal = nn.Conv1d(config.widths[-1], config.channels, config.kernel)
-        self.norm = BatchNorm(config.channels)
+        self.norm = nn.BatchNorm1d(config.channels)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
-        if config.global_batch_norm:
-            use_global_batch_norm(self)
+        self.norms = replace_batch_norms(self, GlobalBatchNorm if config.global_batch_norm else BatchNorm)
 
     def frame_wise(self, frames: torch.Tensor) -> torch.Tensor:
         """The backbone's features (F, C), 512 of ResNet18's."""
         images = (frames.permute(0, 3, 1, 2) - self.mean) / self.std  # (F, 3, H, W), channels last in memory
         return self.backbone(images).pooler_output.flatten(1)
 
-    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor, counts: bool = True) -> torch.Tensor:
+        """counts: false where the frames stand in for clips that could not be read: no statistics are taken of them."""
+        for norm in self.norms:
+            norm.counts = counts
         x = self.frame_wise(frames)
         # One convolution over all clips: zeros between them, as many as the kernel reaches, are each clip's own padding.
         pad = self.temporal.kernel_size[0] // 2
@@ -72,30 +74,37 @@ class VisualEncoder(nn.Module):
         return self
 
 
-def use_global_batch_norm(module: nn.Module) -> None:
+def replace_batch_norms(module: nn.Module, kind: type[BatchNorm]) -> list[BatchNorm]:
+    """Puts one of ours in the place of each of torch's; returns them."""
+    found = []
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            new = GlobalBatchNorm(child.num_features, child.eps, child.momentum)
+            new = kind(child.num_features, child.eps, child.momentum)
             new.load_state_dict(child.state_dict())
             setattr(module, name, new)
+            found.append(new)
         else:
-            use_global_batch_norm(child)
+            found += replace_batch_norms(child, kind)
+    return found
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """torch's, which refuses a single frame in training, for that has no variance: it is seen with the moving statistics here."""
+    """torch's, of any number of dimensions, for frames that count. It refuses a single frame in training, for that has no variance: such a one is
+    seen with the moving statistics here."""
+
+    counts = True
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (F, C, ...)
-        if self.training and x.numel() == x.shape[1]:
+        if self.training and not (self.counts and x.numel() > x.shape[1]):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
 
 class GlobalBatchNorm(BatchNorm):
     """BatchNorm with the statistics of all ranks' frames. torch's SyncBatchNorm refuses CPU tensors."""
-
-    def _check_input_dim(self, x: torch.Tensor) -> None:
-        pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (F, C, ...)
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
@@ -104,12 +113,15 @@ class GlobalBatchNorm(BatchNorm):
             # Ranks hold different numbers of frames, so sums are added up, not means.
             rows = x.movedim(1, -1).reshape(-1, x.shape[1]).float()
             sums = torch.cat([rows.sum(0), (rows * rows).sum(0), rows.new_tensor([len(rows)])]).double()
+            sums *= self.counts
             dist.all_reduce(sums)
             mean, square, count = (*(sums[:-1] / sums[-1]).chunk(2), sums[-1])
-            var = (square - mean**2).clamp_min(0)
+            enough = count > 1
+            mean, var = torch.where(enough, mean, self.running_mean), torch.where(enough, (square - mean**2).clamp_min(0), self.running_var)
             self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_((var * count / (count - 1)).float(), self.momentum)
+            self.running_var.lerp_((var * torch.where(enough, count / (count - 1), 1.0)).float(), self.momentum)
             self.num_batches_tracked += 1
+            count = count.clamp_min(1)
         return _NormalizeOverRanks.apply(x, self.weight, self.bias, mean.float(), var.float(), count.float(), self.eps)
 
 
@@ -146,7 +158,7 @@ def load_torchvision(backbone: ResNetModel, path: str) -> None:
         weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
         backbone.load_state_dict({_torchvision_name(k): v for k, v in weights.items() if not k.startswith("fc.")})
     except Exception as error:
-        raise UserError(f"encoder.weights: {path} is no ResNet18 checkpoint of torchvision: {str(error).splitlines()[0]}") from None
+        raise UserError(f"encoder.weights: {path} is no ResNet18 checkpoint of torchvision: {first_line(error)}") from None
 
 
 def _torchvision_name(name: str) -> str:
