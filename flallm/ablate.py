@@ -163,7 +163,7 @@ class Study:
         from flallm import cost
 
         @cache
-        def planned(run: Run) -> float | None:
+        def planned(run: Run) -> float:
             figures = cost.cost(self.config(run), ranks, cost.DEVICES[gpu])
             return next(figure.value for figure in figures if figure.name == "run") / 3600
 

@@ -66,6 +66,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         model = Translator(config, Text(config.llm))
         if config.stage == "stage2":
             take_encoder(model, config, stage1)
+            if len({*ranks.gather(origin), *ranks.gather(checkpoint.identity(stage1))}) > 1:
+                raise UserError(f"--stage1: {stage1} got a better checkpoint while this start read it: start again")
     text = model.text
     if (most := -(-int(clips.used.max()) // config.llm.stack)) > text.longest:
         raise UserError(f"data.max_frames: a clip has {most} features, and {text.longest} is what the language model takes: raise data.stride or llm.stack")
