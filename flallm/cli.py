@@ -363,7 +363,7 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
 
     Args:
         run: the folder of a run, or of an export
-        videos: files that FFmpeg can read, of the frame rate of the training clips (see make_shards.py --fps); --alternatives and the like go before or after all of them
+        videos: files that FFmpeg can read; --alternatives and the like go before or after all of them
         format: text, json (a line an object, with confidence), or subtitles of one video: srt, vtt
         segments: a text file with start and end in seconds, a sentence a line: these parts of the video are translated
         window: seconds; a long video is translated in stretches of this length, one after another

@@ -39,7 +39,7 @@ LEAST = {
         "decode.batch",
     ),
     0: (
-        "seed", "data.workers", "data.cache_gib", "data.augment.probability", "data.augment.rotate", "data.augment.scale", "data.augment.translate", "llm.lora.rank", "train.batch_frames", "train.lr_encoder", "train.lr_adapter", "train.lr_language", "train.lr_first",
+        "seed", "data.fps", "data.workers", "data.cache_gib", "data.augment.probability", "data.augment.rotate", "data.augment.scale", "data.augment.translate", "llm.lora.rank", "train.batch_frames", "train.lr_encoder", "train.lr_adapter", "train.lr_language", "train.lr_first",
         "train.momentum", "train.weight_decay", "train.max_grad_norm", "train.word_loss", "train.mask_frames", "train.mask_channels", "train.spike",
         "train.dev_every", "train.dev_clips", "checkpoint.every", "checkpoint.minutes",
     ),
@@ -54,6 +54,7 @@ class Data:
     crop: int = 224  # [P] … and cropped to this, at random in training, in the middle otherwise
     stride: int = 4  # [P] every 4th frame: T/4
     max_frames: int = 300  # [I] of the source; longer clips are thinned out evenly
+    fps: float = 0.0  # that make_shards.py --fps brought the clips to, and translate brings videos to; 0: none. A run takes it from its shards
     augment: Augment = field(default_factory=Augment)
     workers: int = 4  # decoding processes a rank
     prefetch_mib: int = 512  # how much a rank decodes ahead

@@ -16,7 +16,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from flallm import UserError
 from flallm.corpora import BROKEN, Clip, VideoFile, open_video
-from flallm.video import FRAME_STEP, MARK, decode
+from flallm.video import FRAME_STEP, MARK, decode, resample
 from flallm.workers import Lost, Workers
 
 TIMEOUT = 600  # seconds for one clip; a long one at 720p takes some
@@ -120,7 +120,7 @@ def _every_4th_alone(path: str) -> bool:
 def _encode_frames(media, options: Options) -> bytes:
     fps, frames = media.frames()
     if options.fps:
-        frames, fps = _resample(frames, fps, Fraction(options.fps)), Fraction(options.fps)
+        frames, fps = resample(frames, fps, Fraction(options.fps)), Fraction(options.fps)
     fps = fps.limit_denominator(1001)
     output, scaler = io.BytesIO(), VideoReformatter()  # one for all frames: it keeps its tables
     with av.open(output, "w", format="mp4") as container:
@@ -146,12 +146,3 @@ def _encode_frames(media, options: Options) -> bytes:
             raise ValueError("holds no frame")
         container.mux(stream.encode())
     return output.getvalue()
-
-
-def _resample(frames: Iterator[av.VideoFrame], source: Fraction, target: Fraction) -> Iterator[av.VideoFrame]:
-    """Drops or repeats frames so that frame i is the one shown at i / target seconds."""
-    shown = 0
-    for i, frame in enumerate(frames):
-        while shown / target < (i + 1) / source:
-            shown += 1
-            yield frame

@@ -51,7 +51,8 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
             tars.write_tar(path, _samples(model, splits[split], n, dtype, copies if split == "train" else 0, ranks.device), "npy", json.dumps(made_from))
     ranks.gather(None)  # all shards are there
     if ranks.first:
-        dataset = {**made_from, "corpus": next(iter(splits.values())).shards.corpus, "left_out": []}
+        shards = next(iter(splits.values())).shards
+        dataset = {**made_from, "corpus": shards.corpus, "options": {"fps": shards.fps or None}, "left_out": []}
         tars.join(out, [(path, split) for path, (split, _) in parts.items()], dataset, json.dumps(made_from))
     ranks.gather(None)
 

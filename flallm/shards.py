@@ -231,6 +231,12 @@ def _read_dataset(store: Store, folder: str) -> dict:
         raise UserError(f"{folder}/dataset.json cannot be read ({error}): make the shards again with tools/make_shards.py") from None
 
 
+def _frame_rate(dataset: dict) -> float:
+    options = dataset.get("options")
+    fps = options.get("fps") if isinstance(options, dict) else None
+    return float(fps) if isinstance(fps, int | float) and 0 < fps < 1000 else 0.0
+
+
 class BadSample(Exception):
     """A sample that cannot be used; the message is the cause."""
 
@@ -248,6 +254,7 @@ class Shards:
         splits, self.features, self.corpus = (dataset[name] for name in ("splits", "features", "corpus"))
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
+        self.fps = _frame_rate(dataset)  # that all clips were brought to; 0: each has its own
         self.shard_bytes, self.index = splits[split]["shard_bytes"], self._read_index()
         if len(self) != splits[split]["clips"]:
             raise UserError(f"{folder}/{split}.index.safetensors has {len(self)} samples, dataset.json says {splits[split]['clips']}: make the shards again")

@@ -36,7 +36,7 @@ from flallm.text import Text
 
 # What may differ from the recipe a run was begun with. All else would make the two halves of the run two different runs.
 FREE = (
-    "name", "data.shards", "data.workers", "data.prefetch_mib", "data.cache", "encoder.weights", "llm.path", "decode", "checkpoint", "train.micro_batches", "train.deepspeed", "train.spike",
+    "name", "data.shards", "data.workers", "data.fps", "data.prefetch_mib", "data.cache", "encoder.weights", "llm.path", "decode", "checkpoint", "train.micro_batches", "train.deepspeed", "train.spike",
     "train.log_every", "train.dev_every", "train.dev_clips", "train.max_skipped", "train.timeout",
 )  # fmt: skip
 
@@ -53,6 +53,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     clips, _ = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
     if clips.features and config.frozen != "encoder":
         raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
+    config = replace(config, data=replace(config.data, fps=clips.shards.fps))
     plan = make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
     origin = checkpoint.identity(stage1) if config.stage == "stage2" and stage1 and (stage1 / "checkpoints").is_dir() else None

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from itertools import count, islice
 from pathlib import Path
 
@@ -73,8 +74,11 @@ def _clips(path: str, segments: list[tuple[float, float]] | None, window: float,
     try:
         with open_video(path) as container:
             stream = container.streams.video[0]
-            length = 1 / float(stream.average_rate or 25)  # seconds of a frame
-            for i, frame in enumerate(upright(container.decode(stream))):
+            rate, frames = Fraction(stream.average_rate or 25), upright(container.decode(stream))
+            if config.data.fps:  # all clips of training had it
+                rate, frames = Fraction(config.data.fps), video.resample(frames, rate, Fraction(config.data.fps))
+            length = 1 / float(rate)  # seconds of a frame
+            for i, frame in enumerate(frames):
                 at = i * length if frame.time is None else frame.time
                 first = at if first is None else first
                 middle = at - first + length / 2

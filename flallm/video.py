@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import av
 import cv2
@@ -106,3 +108,12 @@ def random_crop(frames: np.ndarray, size: int, augment: Augment, rng: np.random.
     matrix = matrix @ np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])  # from the centres of the stored pixels
     for frame, to in zip(frames, out):
         cv2.warpAffine(frame, matrix, (crop, crop), dst=to, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def resample(frames: Iterator[av.VideoFrame], source: Fraction, target: Fraction) -> Iterator[av.VideoFrame]:
+    """Drops or repeats frames so that frame i is the one shown at i / target seconds."""
+    shown = 0
+    for i, frame in enumerate(frames):
+        while shown / target < (i + 1) / source:
+            shown += 1
+            yield frame

@@ -1,7 +1,9 @@
 """`flallm translate` and `flallm doctor`, as commands, and what they are made of."""
 
 import json
+import shutil
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,10 @@ def briefly(config, run):
 def run(shards, llm, tmp_path_factory):
     """A run with a few clips beside it. It has learnt little: sentences that come with it are compared, not read."""
     out = tmp_path_factory.mktemp("translate") / "run"
+    given, shards = shards, out.parent / "shards"  # as of make_shards.py --fps=25
+    shutil.copytree(given, shards)
+    dataset = json.loads((given / "dataset.json").read_text())
+    (shards / "dataset.json").write_text(json.dumps(dataset | {"options": dataset["options"] | {"fps": 25.0}}))
     config = cfg.load(
         "demo", "stage1", {"data.shards": str(shards), "llm.path": str(llm), **SMALL, "train.steps": 6, "decode.max_tokens": 12, "decode.batch": 2}
     )
@@ -73,6 +79,23 @@ def test_stretches_of_a_video_hold_its_frames_of_that_time(run, loaded, cut):
     for one, frames in found:
         first, last = round(one.start * 25), min(round(one.end * 25), len(every))
         assert np.array_equal(frames, video.centre_crop(every[first : last : config.data.stride], config.data.crop))
+
+
+def test_a_video_is_brought_to_the_frame_rate_that_make_shards_brought_the_clips_to(run, loaded, tmp_path):
+    _, config = loaded
+    assert config.data.fps == 25
+    every = video.decode(str(run / "0.mp4"), config.data.resize, 1, 10_000)
+    for rate in (25, 50, 100):
+        with av.open(str(tmp_path / f"{rate}.mp4"), "w") as container:
+            stream = container.add_stream("libx264rgb", rate, {"crf": "0"})
+            stream.width, stream.height, stream.pix_fmt = every.shape[2], every.shape[1], "rgb24"
+            for picture in every.repeat(rate // 25, 0):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            container.mux(stream.encode(None))
+    own, *brought = (next(translate._clips(str(tmp_path / f"{rate}.mp4"), None, 0.0, config)) for rate in (25, 50, 100))
+    assert all(np.array_equal(own[1], frames) and one.end == own[0].end for one, frames in brought)
+    twice = next(translate._clips(str(tmp_path / "50.mp4"), None, 0.0, cfg.override(config, {"data.fps": 0})))[1]
+    assert len(twice) == -(-2 * len(every) // config.data.stride)  # as for shards whose clips have their own
 
 
 def test_the_command_writes_subtitles_and_names_what_has_no_sentence(run, tmp_path, flallm):
