@@ -1,6 +1,7 @@
 """flallm: gloss-free sign language translation after FLa-LLM (Chen et al. 2024, arXiv 2403.12556)."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,14 +27,23 @@ def make_folder(path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that no reader and no other writer ever sees a part of it."""
+    file = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", errors="replace", delete=False)  # noqa: SIM115
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", errors="replace", delete=False) as file:
+        with file:
             file.write(text)
         os.chmod(file.name, 0o644)
         os.rename(file.name, path)
     except OSError:  # such as of a full disk
         os.unlink(file.name)
         raise
+
+
+def progress(total: int, unit: str, description: str, shown: bool = True):
+    """How far a long task is, tqdm's: a bar on a terminal, in a log a line a minute."""
+    from tqdm import tqdm
+
+    log = {"delay": 60, "mininterval": 60, "bar_format": "{desc}: {n_fmt} of {total_fmt} " + unit + "s, {elapsed} so far, {remaining} left\n"}
+    return tqdm(total=total, unit=unit, desc=description, disable=not shown, **({} if sys.stderr.isatty() else log))
 
 
 def load(folder, device="cpu"):

@@ -163,15 +163,19 @@ class Study:
         from flallm import cost
 
         @cache
-        def planned(run: Run) -> float:
-            figures = cost.cost(self.config(run), ranks, cost.DEVICES[gpu])
+        def planned(run: Run) -> float | None:
+            try:
+                figures = cost.cost(self.config(run), ranks, cost.DEVICES[gpu])
+            except UserError:  # such as of a machine without the language model: what is done can be shown all the same
+                return None
             return next(figure.value for figure in figures if figure.name == "run") / 3600
 
         done = {run: self.seconds(run) / 3600 for run in self.runs if self.done(run)}
         pace = {stage: np.mean([done[run] / self.steps[run] for run in done if run.stage == stage]) for stage in {run.stage for run in done}}
         left = {run: self.steps[run] * pace[run.stage] for run in self.runs if run not in done and run.stage in pace}
         # Of stage 2 from features nothing is known before there are some.
-        guessed = {run: planned(replace(run, seed=0)) for run in self.runs if gpu and run not in done | left and run.stage != "features" and not run.features}
+        new = [run for run in self.runs if gpu and run not in done | left and run.stage != "features" and not run.features]
+        guessed = {run: hours for run in new if (hours := planned(replace(run, seed=0, stage1=None))) is not None}
         lines = [f"{self.title}: {len(self.runs)} runs, {len(done)} of them done, on {self.recipe}"]
         for number, run in enumerate(self.runs):
             hours = next((f"{mark}{found[run]:.2f} h" for mark, found in (("", done), ("", left), ("~", guessed)) if run in found), "? h")

@@ -121,10 +121,10 @@ class Writer:
 
     def _name(self, manifest: dict) -> str | None:
         folder = self.folder / f"step-{manifest['step']}"
-        for name, facts in manifest["files"].items():
-            if not (self._part(manifest) / name).is_file() or (self._part(manifest) / name).stat().st_size != facts["bytes"]:
-                return f"{name}, of another rank, is not there: a run folder has to lie on a file system that all nodes share"
         try:
+            for name, facts in manifest["files"].items():
+                if not (self._part(manifest) / name).is_file() or (self._part(manifest) / name).stat().st_size != facts["bytes"]:
+                    return f"{name}, of another rank, is not there: a run folder has to lie on a file system that all nodes share"
             with open(self._part(manifest) / "manifest.json", "w") as file:
                 file.write(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
                 file.flush()
@@ -268,7 +268,10 @@ def lock(run: Path, ranks: Ranks) -> Iterator[None]:
     held = None
     if ranks.first:
         make_folder(run)
-        file = open(run / "lock", "a+")  # noqa: SIM115 - it is held
+        try:
+            file = open(run / "lock", "a+")  # noqa: SIM115 - it is held
+        except OSError as error:
+            raise UserError(f"{run} cannot be written to: {error.strerror}") from None
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would inherit and keep
             file.truncate(0)

@@ -228,12 +228,14 @@ def score(hypotheses: str, references: str | None = None, *, convention: str = "
 
     Args:
         hypotheses: a text file with a sentence a line, a predictions.jsonl, or a pickle of another code base's results
-        references: the same of the references; not needed where the first file holds both
+        references: the same of the references, as a second word too (score HYPOTHESES REFERENCES); not needed where the first file holds both
         convention: raw, 13a, csl-daily, zh, lower or all
         semantic: the folder of a model that scores by meaning: BLEURT (a head of one number) or any encoder for BERTScore
         layer: whose embeddings BERTScore compares; the last one's where it is not given
     """
     number = whole("layer", layer, 1) if layer else None
+    if layer and not semantic:
+        raise UserError("--layer is one of the model that --semantic names")
 
     def work() -> None:
         from flallm import metrics, results
@@ -414,7 +416,7 @@ def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str
     """Looks at this machine and at what a recipe needs of it: rows OK, WARN, MISS with what to do. Exit code 1: something is missing.
 
     Args:
-        recipe: a built-in name such as phoenix14t, or the path of a YAML file; without it only the machine
+        recipe: a built-in name such as phoenix14t, or the path of a YAML file, as a first word too (doctor RECIPE); without it only the machine
         run_dir: where runs will lie
         overrides: fields of the recipe, as in --data.shards=DIR
     """

@@ -130,7 +130,9 @@ class Train:
     max_grad_norm: float = 1.0  # a gradient with a larger one is scaled down to it
     label_smoothing: float = 0.2  # [P]
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
-    mask_frames: int = 0  # in stage 2: SpecAugment's two masks set fewer than so many of a clip's features in a row to 0 in training, and never half of them …
+    mask_frames: int = (
+        0  # in stage 2: SpecAugment's two masks set fewer than so many of a clip's features in a row to 0 in training, each less than half of them …
+    )
     mask_channels: int = 0  # … and two more fewer than so many channels
     frozen: str | None = None  # nothing | backbone | encoder (that is backbone and temporal module); none: the encoder in stage 2, else nothing
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
@@ -191,8 +193,11 @@ def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) ->
         names = ", ".join(sorted(p.stem for p in builtin.parent.glob("*.yaml")))
         raise UserError(f"no recipe {recipe!r}: name a YAML file or one of {names}")
     sections = read_yaml(path)
-    train = {name: sections.pop(name, {}) for name in STAGES}[stage]
-    config = from_dict(Config, {**sections, "train": train, "stage": stage}, str(path))
+    train = {name: _coerce(sections.pop(name, {}), Train, f"{path}: {name}") for name in STAGES}  # a mistake in any is said
+    if wrong := next((name for name in ("train", "stage") if name in sections), None):
+        raise UserError(f"{path}: `{wrong}:` is what a run's config.yaml has; in a recipe stage1, stage2 and joint are sections of their own")
+    config = from_dict(Config, {**sections, "stage": stage}, str(path))
+    config.train = train[stage]
     return override(config, overrides or {})
 
 
@@ -260,6 +265,8 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
             raise UserError(f"{name}: {value} is no share from 0 to below 1")
     if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
         raise UserError(f"train.betas: {', '.join(map(str, config.train.betas))}: two numbers from 0 to below 1 are needed")
+    if not config.encoder.widths:
+        raise UserError("encoder.widths: one is needed at least")
     if len(config.encoder.widths) != len(config.encoder.depths):
         raise UserError(f"encoder.depths: {len(config.encoder.depths)} of them for {len(config.encoder.widths)} encoder.widths")
     if config.light_t.width % config.light_t.heads:
@@ -272,8 +279,8 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
     if config.llm.prompt.count(PLACE) != 1:
         raise UserError(f"llm.prompt: {config.llm.prompt!r} must hold {PLACE} once, the place of the features")
-    if config.train.steps is None and config.train.epochs <= 0:
-        raise UserError(f"train.epochs: {config.train.epochs} is not more than 0")
+    if config.train.steps is None and not 0 < config.train.epochs < math.inf:
+        raise UserError(f"train.epochs: {config.train.epochs} is not more than 0" if config.train.epochs <= 0 else "train.epochs: a run has to end")
     return config
 
 
@@ -328,7 +335,7 @@ def _coerce(value, hint, where: str):
         if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
             item = typing.get_args(kind)[0]
             return tuple(_coerce(v, item, where) for v in value)
-        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool) and math.isfinite(float(value)):
+        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool) and not math.isnan(float(value)):
             return float(value)
         if kind is int and isinstance(value, int | float | str) and not isinstance(value, bool) and float(value).is_integer():
             return int(float(value))
@@ -338,7 +345,7 @@ def _coerce(value, hint, where: str):
             return value
         if kind is str and isinstance(value, str | int | float):
             return str(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     name = (
         "a list of numbers"

@@ -483,7 +483,7 @@ def _figures(
             "decoding cores",
             cores,
             "a GPU",
-            f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/data.md); data.workers is {config.data.workers}",
+            f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/scale.md); data.workers is {config.data.workers}",
         )
     if seconds:
         yield Figure("reading", "bytes", clip_bytes * n / epoch_steps / seconds / 1e6, "MB/s", f"by all ranks: {clip_bytes / 1e3:.0f} kB a clip")
@@ -523,7 +523,7 @@ def advice(figures: list[Figure], device: Device) -> str:
     if sizes["activations"] > state:
         how = "raise train.micro_batches, bound train.batch_frames, or set llm.gradient_checkpointing=true"
     else:
-        how = "train low-rank updates with llm.lora.rank=16, keep the optimiser on the host with train.deepspeed=ds_configs/zero2_offload.json, share out weights as well with zero3.json, trim the vocabulary, or take more ranks"
+        how = "train low-rank updates with llm.lora.rank=16, keep the optimiser on the host with train.deepspeed=zero2_offload.json, share out weights as well with train.deepspeed=zero3.json, trim the vocabulary, or take more ranks"
     return f"does not fit: {sizes['peak'] / GIB:.1f} GiB of {device.gib:.1f}; {how}"
 
 

@@ -288,6 +288,13 @@ def load_optimizer_pieces(engine, files: list[Path]) -> None:
                         raise UserError(f"{files[0].parent} does not fit the recipe: it lacks {key} of {parameter}")
 
 
+def begin_anew(engine, groups: tuple[str, ...]) -> None:
+    """Takes AdamW's count of steps back to 0 in these groups, which have had no gradient so far: it would leave their first moments uncorrected."""
+    for group, flat, _ in _partitions(engine):
+        if group in groups and "step" in engine.optimizer.state[flat]:
+            engine.optimizer.state[flat]["step"].zero_()
+
+
 def _partitions(engine) -> Iterator[tuple[str, torch.Tensor, list[tuple]]]:
     """(name, this rank's flat share, [(parameter, where in the parameter, where in the share)]) of each group; under ZeRO-3 of each part of one."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
@@ -317,6 +324,8 @@ def deepspeed_config(config: Train, device: str) -> dict:
     here = Path(__file__).parent
     folder = next(f for f in (here / "ds_configs", here.parent / "ds_configs") if f.is_dir())  # installed, or in the repo
     path = Path(config.deepspeed) if config.deepspeed else folder / ("zero2.json" if device == "cuda" else "zero2_cpu.json")
+    if not path.exists() and path.parent.name in ("", "ds_configs"):  # ours, by its name, from any working folder
+        path = folder / path.name
     try:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -449,7 +458,7 @@ def moving_statistics(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class Asked:
-    """Whether SIGTERM or SIGUSR1 has asked this process to stop. A signal to all processes ends decoding workers: their clips are decoded again."""
+    """Whether SIGTERM or SIGUSR1 has asked this process to stop. SIGTERM to all processes ends decoding workers: their clips are decoded again."""
 
     def __init__(self):
         self.stop = False

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flallm import UserError, checkpoint, engine, metrics, write_whole
+from flallm import UserError, checkpoint, engine, make_folder, metrics, progress, write_whole
 from flallm import config as cfg
 from flallm.config import Config, Decode
 from flallm.engine import Ranks
@@ -27,10 +27,10 @@ class Prediction:
 
 
 def decode_split(
-    model: Translator, config: Config, split: str, ranks: Ranks, decode: Decode, limit: int = 0, change: Callable[[Batch], Batch] | None = None
+    model: Translator, config: Config, split: str, ranks: Ranks, decode: Decode, limit: int = 0, change: Callable[[Batch], Batch] | None = None, title: str = ""
 ) -> tuple[list[Prediction], list[dict]]:
     """(a prediction for each of the split's clips, in the order of their keys; samples left out). On every rank the same.
-    change: what is done to batches before the model sees them."""
+    change: what is done to batches before the model sees them. title: what is said while it takes its time; nothing where it is empty."""
     clips = Clips(split, config.data, config.seed)
     check_features(clips, model)
     count = len(clips.used)
@@ -41,9 +41,10 @@ def decode_split(
     was_training = model.training
     model.eval()
     found, bad = [], []
-    with engine.precision(config.train, ranks.device):
+    with engine.precision(config.train, ranks.device), progress(len(mine), "clip", title, bool(title) and ranks.first) as bar:
         for batch in batches(clips, model.text, groups, min(1, config.data.workers)):
             bad += batch.bad
+            bar.update(len(batch.bad) + sum(map(bool, batch.keys)))
             if any(batch.keys):
                 batch = change(batch) if change else batch
                 found += zip(batch.keys, batch.texts, model.translate(batch.to(ranks.device), decode))
@@ -101,7 +102,10 @@ def of_run(config: Config, run: Path) -> Translator:
 def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
     """Writes predictions/<split>.jsonl and scores/<split>.json of a run and returns the scores."""
     model, config = load_run(run, ranks.device)
-    predictions, bad = decode_split(model, config, split, ranks, config.decode)
+    if ranks.first:
+        for folder in ("predictions", "scores"):
+            make_folder(run / folder)
+    predictions, bad = decode_split(model, config, split, ranks, config.decode, title=split)
     hypotheses, references = [p.hypothesis for p in predictions], [p.reference for p in predictions]
     if not predictions:
         raise UserError(f"no clip of {split} in {config.data.shards} could be decoded")
@@ -111,8 +115,6 @@ def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
         scores = metrics.scores(hypotheses, references, names)
         scores["swapped_bleu4"] = swapped_bleu4(predictions, config.convention)
         scores["bad_samples"] = len(bad)
-        for folder in ("predictions", "scores"):
-            (run / folder).mkdir(exist_ok=True)
         (run / f"scores/{split}.json").unlink(missing_ok=True)  # those of predictions before these
         write_whole(run / f"predictions/{split}.jsonl", "".join(json.dumps(vars(p), ensure_ascii=False) + "\n" for p in predictions))
         write_whole(run / f"scores/{split}.json", json.dumps(scores, indent=1))

@@ -66,7 +66,11 @@ def export(run: Path, out: Path, merge: bool, licence: str) -> None:
 
 def _card(run: Path, config: Config, parameters: int, licence: str) -> str:
     """In the form that model hubs read."""
-    source, train = cfg.read_yaml(run / "config.yaml")["llm"]["path"], config.train
+    path, train = str(cfg.read_yaml(run / "config.yaml")["llm"]["path"]), config.train
+    light = config.stage == "stage1"  # Light-T has nothing of the language model but its words
+    named = path.count("/") == 1 and not path.startswith((".", "/"))  # as on a hub
+    base = f"base_model: {path}\n" if named and not light else ""
+    source = "Light-T, trained from nothing" if light else path if named else f"a local copy, {Path(path).name}"
     try:
         shards = Shards(config.data.shards, "train")
         data = f"{shards.corpus.get('name', 'unnamed')}, {len(shards):,} training clips"
@@ -89,8 +93,7 @@ library_name: flallm
 pipeline_tag: video-text-to-text
 tags: [sign-language-translation, gloss-free]
 license: {licence}
-base_model: {source}
----
+{base}---
 # {config.name or "Unnamed"} {config.stage}
 
 Translates a video of one person signing into a sentence. {parameters / 1e6:.1f} M parameters, trained by flallm {__version__}.
@@ -102,17 +105,17 @@ print(model.translate("video.mp4"))
 ```
 
 ## Data
-{data}. Every {config.data.stride}. frame, at most {config.data.max_frames} of a clip before that, squeezed to {config.data.resize} pixels, {config.data.crop} pixels cut from the middle.
-Stage {config.stage}, {train.steps or f"{train.epochs:g} epochs"}{" steps" if train.steps else ""} of {train.batch} clips; language model {source}.
+{data}. One frame in {config.data.stride}, of at most {config.data.max_frames} of a clip before that, squeezed to {config.data.resize} pixels, {config.data.crop} pixels cut from the middle.
+{config.stage}, {train.steps or f"{train.epochs:g} epochs"}{" steps" if train.steps else ""} of {train.batch} clips; language model {source}.
 
 ## Scores
 {table}
 
 ## Licences
-This model: {licence}. It comes from the weights of {source} and from the data above, whose licences bind whoever passes it on.
+This model: {licence}. It comes from {"" if light else f"the weights of {source} and from "}the data above, whose licence{"s bind" if not light else " binds"} whoever passes it on.
 
 ## Limits
 - It was trained on the signers, subjects and camera positions of its data and says nothing sure outside them.
 - It writes fluent sentences whether or not it understands what it sees: without a person who knows the sign language its output is not to be relied on.
-- One person, one sentence a video; longer ones are thinned out evenly.
+- One person, one sentence a video: over {config.data.max_frames} frames it is thinned out evenly, over {2 * config.data.max_frames} refused.
 """

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from flallm import UserError, engine
+from flallm import UserError, engine, progress
 from flallm import shards as tars
 from flallm.config import Data
 from flallm.evaluate import load_run
@@ -46,9 +45,12 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
     if done:
         return
     with engine.precision(config.train, ranks.device), torch.no_grad():
-        for path in tqdm(missing[ranks.rank :: ranks.world_size], unit="shard", desc="features", disable=None if ranks.first else True):
-            split, n = parts[path]
-            tars.write_tar(path, _samples(model, splits[split], n, dtype, copies if split == "train" else 0, ranks.device), "npy", json.dumps(made_from))
+        mine = missing[ranks.rank :: ranks.world_size]
+        with progress(len(mine), "shard", "features", ranks.first) as bar:
+            for path in mine:
+                split, n = parts[path]
+                tars.write_tar(path, _samples(model, splits[split], n, dtype, copies if split == "train" else 0, ranks.device), "npy", json.dumps(made_from))
+                bar.update()
     ranks.gather(None)  # all shards are there
     if ranks.first:
         shards = next(iter(splits.values())).shards

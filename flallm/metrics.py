@@ -33,7 +33,7 @@ class Convention:
 CONVENTIONS = {
     "raw": Convention(
         "words are what stands between spaces, BLEU-n has n-grams up to n, no smoothing",
-        "FLa-LLM and the papers it compares itself with, on PHOENIX14T and How2Sign",
+        "taken to be what FLa-LLM and the papers it compares itself with have on PHOENIX14T and How2Sign",
         "none",
         "none",
     ),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flallm import UserError, metrics, write_whole
+from flallm import UserError, make_folder, metrics, write_whole
 from flallm.engine import Ranks
 from flallm.evaluate import Prediction, decode_split, load_run
 from flallm.loader import Batch
@@ -33,23 +33,24 @@ def probe(run: Path, split: str, ranks: Ranks) -> dict:
     model, config = load_run(run, ranks.device)
     seen = MeanFeature(model)
 
-    def decode(change: Callable[[Batch], Batch] | None = None) -> list[Prediction]:
-        return decode_split(model, config, split, ranks, config.decode, change=change)[0]
+    def decode(title: str, change: Callable[[Batch], Batch] | None = None) -> list[Prediction]:
+        return decode_split(model, config, split, ranks, config.decode, change=change, title=title)[0]
 
+    if ranks.first:
+        make_folder(run / "probes")
     with seen.taken():
-        right = decode()
+        right = decode("the right one")
     if not right:
         raise UserError(f"no clip of {split} in {config.data.shards} could be decoded")
     said = {"the right one": [p.hypothesis for p in right]}
     said["another clip's"] = said["the right one"][len(right) // 2 :] + said["the right one"][: len(right) // 2]  # a sentence depends on its video alone
     for name, change in (("noise", _noise), ("a frozen frame", _freeze), ("time-reversed", _reverse)):
-        said[name] = [p.hypothesis for p in decode(change)]
+        said[name] = [p.hypothesis for p in decode(name, change)]
     with seen.put_in(ranks):
-        said["the mean feature"] = [p.hypothesis for p in decode()]
+        said["the mean feature"] = [p.hypothesis for p in decode("the mean feature")]
     if not ranks.first:
         return {}
     found = _judge(said, right, config.convention) | _parts(right, config.convention, Shards(config.data.shards, split), training_clips(config.data.shards))
-    (run / "probes").mkdir(exist_ok=True)
     write_whole(run / f"probes/{split}.json", json.dumps({"split": split} | found, indent=1, ensure_ascii=False))
     return found
 

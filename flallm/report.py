@@ -30,7 +30,7 @@ from flallm import config as cfg
 from flallm.evaluate import load_run
 from flallm.loader import Clips
 from flallm.probe import training_clips
-from flallm.shards import BadSample, Shards
+from flallm.shards import BadSample, Shards, splits_of
 
 HERE = Path(__file__).parent
 FORMS = ("", "labels", "manifest")  # what shards made of a table of any data set say of it: its name is the recipe's
@@ -69,6 +69,9 @@ def report(run: Path, split: str, clips: int) -> Path:
         raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
     config, notes = compare.flat(cfg.read_yaml(run / "config.yaml")), []
     sentences = _sentences(run, split, str(config.get("convention", "raw")), notes)
+    others = sorted(path.stem for path in (run / "predictions").glob("*.jsonl"))
+    if not sentences and others:
+        raise UserError(f"{run} has no sentences of {split} but of {', '.join(others)}: flallm evaluate {run} --split={split} writes them")
     shards, corpus = _shards(str(config.get("data.shards", "")), split, notes)
     if shards and sentences:
         _add_nearest(sentences, shards)
@@ -202,10 +205,7 @@ def _shards(folder: str, split: str, notes: list[str]) -> tuple[Shards | None, s
 
 
 def _add_nearest(sentences: list[Sentence], shards: Shards) -> None:
-    try:
-        texts = list(dict.fromkeys(meta["text"] for meta in training_clips(shards.folder)))
-    except UserError:  # shards of test alone
-        return
+    texts = list(dict.fromkeys(meta["text"] for meta in training_clips(shards.folder))) if "train" in splits_of(shards.folder) else []
     if not texts:
         return
     nearest = Nearest(texts)

@@ -25,9 +25,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
-from flallm import UserError, make_folder, write_whole
+from flallm import UserError, make_folder, progress, write_whole
 from flallm.corpora import Clip, LeftOut
 from flallm.encode import Options, encode_all
 from flallm.store import Store
@@ -76,7 +75,7 @@ def make_shards(
     ]
     mine = shards[part[0] :: part[1]]
     missing = [(path, members) for path, members in mine if not path.exists()]
-    with tqdm(total=sum(len(members) for _, members in mine), unit="clip", desc="shards", disable=None) as bar:
+    with progress(sum(len(members) for _, members in mine), "clip", "shards") as bar:
         bar.update(bar.total - sum(len(members) for _, members in missing))
         encoded = encode_all((clip for _, members in missing for clip in members), options, processes or os.cpu_count())
         for path, members in missing:
@@ -142,7 +141,7 @@ def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str 
     return dataset
 
 
-def _samples(clips: list[Clip], encoded: Iterator[tuple[bytes, dict] | str], bar: tqdm) -> Iterator[tuple[str, bytes, dict, list] | dict]:
+def _samples(clips: list[Clip], encoded: Iterator[tuple[bytes, dict] | str], bar) -> Iterator[tuple[str, bytes, dict, list] | dict]:
     for clip in clips:
         result = next(encoded)
         bar.update()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from zlib import crc32
 
@@ -78,6 +79,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         raise UserError(f"decode.max_tokens: {config.decode.max_tokens} are more than the {text.longest} that the language model takes")
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     dev_every = config.train.dev_every or plan.steps(0)
+    begin = round(config.train.llm_start * total) if model.one_pass else 0  # steps that the LLM waits
     with checkpoint.lock(run, ranks), engines.Asked() as asked, contextlib.ExitStack() as leaving:
         if ranks.gather(checkpoint.steps(run))[0] != there:
             raise UserError(f"{run} was written to while this start read it: start again")
@@ -101,9 +103,10 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             with log.waiting():
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
             rates = engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))
-            if model.llm_waits and (rates["language"] or rates["adapter"]):
-                state.usual = 0.0  # the loss is the LLM's from here on
-            model.llm_waits = model.one_pass and not (rates["language"] or rates["adapter"])
+            model.llm_waits = state.step <= begin
+            if state.step == begin + 1 > 1:  # the LLM's first
+                engines.begin_anew(engine, ("language", "adapter"))
+                state.usual = 0.0
             most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
             flags = (asked.stop, writer.written, writer.due() and ranks.first)
             step = engines.train_step(engine, micro_batches, ranks, *flags, most=most, norms=log.is_due())
@@ -332,9 +335,8 @@ class Log:
 
         clips = Clips("dev", self.config.data, self.config.seed)
         model.eval()
-        for number in range(min(SHOWN, len(clips.shards))):
-            if not (meta := clips.shards.meta(number)) or not (one := said.get(meta["key"])):
-                continue
+        found = ((number, said[meta["key"]]) for number, meta in enumerate(clips.shards.metas()) if meta and meta["key"] in said)
+        for number, one in islice(found, SHOWN):
             self.tensorboard.add_text(f"dev/{one.key}", f"reference: {one.reference}\n\nhypothesis: {one.hypothesis}", self.state.step)
             batch = clips.batch(model.text, [(None, number)])
             if not self.shown and not clips.features:

@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 
 from flallm import UserError, engine, video
 from flallm.config import Config
-from flallm.corpora import BROKEN, open_video, upright
+from flallm.corpora import BROKEN, VideoFile, open_video, upright
 from flallm.loader import Batch
 from flallm.model.translator import Translator
 
@@ -76,6 +76,7 @@ def _clips(path: str, segments: list[tuple[float, float]] | None, window: float,
             stream = container.streams.video[0]
             rate, frames = Fraction(stream.average_rate or 25), upright(container.decode(stream))
             if config.data.fps:  # all clips of training had it
+                rate = VideoFile(path).rate(stream)
                 rate, frames = Fraction(config.data.fps), video.resample(frames, rate, Fraction(config.data.fps))
             length = 1 / float(rate)  # seconds of a frame
             for i, frame in enumerate(frames):

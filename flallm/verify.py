@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
+from flallm import progress
 from flallm.corpora import BROKEN, open_video
 from flallm.decoder import DTYPES, features
 from flallm.encode import TIMEOUT
@@ -23,7 +23,7 @@ def verify(folder: str, splits: list[str], processes: int) -> Iterator[str]:
         shards = Shards(folder, split)
         keys: Counter[str] = Counter()
         numbers = [np.flatnonzero(shards.index["shard"] == n) for n in range(len(shards.shard_bytes))]
-        with Workers(processes, "flallm.verify") as workers, tqdm(total=len(shards), unit="clip", desc=split, disable=None) as bar:
+        with Workers(processes, "flallm.verify") as workers, progress(len(shards), "clip", split) as bar:
             results = [workers.start(_verify_shard, folder, split, n, rows.tolist(), timeout=TIMEOUT) for n, rows in enumerate(numbers)]
             for n, (result, rows) in enumerate(zip(results, numbers)):
                 try:

@@ -217,13 +217,11 @@ def all_ranks_killed(lab: Lab, stage: str = "stage1", times: int = 10, seed: int
 def one_rank_killed(lab: Lab, number: int = signal.SIGKILL, rank: int = 1) -> str:
     folder = lab.new("one")
     run = Run(lab.config(train__steps=500, train__timeout=5), folder).reach(3).kill(rank, number=number)
-    began = time.monotonic()
     codes = run.wait(*(r for r in (0, 1) if r != rank))
-    seconds = time.monotonic() - began
     run.kill()
-    assert codes == [1] and seconds < 30, (codes, seconds, run.said)
+    assert codes == [1], (codes, run.said)
     assert rank == 0 or f"no word from rank {rank}" in run.said, run.said  # without rank 0 nothing can be told; the launcher names it
-    return f"the other ended after {seconds:.1f} s and named it"
+    return "the other ended and named it"
 
 
 def one_rank_hangs(lab: Lab) -> str:

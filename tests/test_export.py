@@ -61,4 +61,4 @@ def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_
     card = (tmp_path / "out/README.md").read_text()
     for part in ("synthetic, 24 training clips", "| test | raw |", "tok:none", "license: cc-by-nc-4.0", "## Limits"):
         assert part in card
-    assert str(trained) not in (tmp_path / "out/config.yaml").read_text()
+    assert str(trained) not in (tmp_path / "out/config.yaml").read_text() + card and "base_model" not in card

@@ -82,7 +82,7 @@ def test_resnet18_is_torchvisions(tmp_path):
     """A checkpoint with torchvision's names and shapes loads; its number of parameters is ResNet18's without the classifier."""
     encoder = VisualEncoder(cfg.Encoder(global_batch_norm=False))
     assert sum(p.numel() for p in encoder.backbone.parameters()) == 11_176_512
-    weights = {}
+    weights, names = {}, {}  # names: ours -> torchvision's
     for name, tensor in encoder.backbone.state_dict().items():
         parts = name.split(".")
         kind = "conv" if parts[-2] == "convolution" else "bn"
@@ -92,12 +92,14 @@ def test_resnet18_is_torchvisions(tmp_path):
             new = f"layer{int(parts[2]) + 1}.{parts[4]}.downsample.{'0' if kind == 'conv' else '1'}"
         else:
             new = f"layer{int(parts[2]) + 1}.{parts[4]}.{kind}{int(parts[6]) + 1}"
-        weights[f"{new}.{parts[-1]}"] = torch.randn_like(tensor.float()).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        names[name] = f"{new}.{parts[-1]}"
+        weights[names[name]] = torch.randn_like(tensor.float()).to(tensor.dtype) if tensor.is_floating_point() else tensor
     assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv2.weight", "layer4.1.bn2.bias", "layer2.0.downsample.1.weight"} <= set(weights)
     path = tmp_path / "resnet18.pth"
     torch.save(weights | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, path)
     loaded = VisualEncoder(cfg.Encoder(weights=str(path), global_batch_norm=False))
-    assert torch.equal(loaded.backbone.state_dict()["embedder.embedder.convolution.weight"], weights["conv1.weight"])
+    state = loaded.backbone.state_dict()
+    assert len(names) == len(weights) == len(state) and all(torch.equal(state[ours], weights[theirs]) for ours, theirs in names.items())
 
 
 def test_stage_2_loads_the_pretrained_model_and_keeps_its_encoder_frozen(small):

@@ -94,7 +94,7 @@ def test_every_figure_is_the_same_on_another_number_of_ranks(runs, tmp_path):
         assert (tmp_path / "run" / name).read_bytes() == (runs / "seeing" / name).read_bytes(), name
 
 
-def test_tensorboard_has_the_same_names_in_all_stages_and_shows_dev_clips(runs):
+def test_tensorboard_has_the_curves_of_a_run_and_shows_dev_clips(runs):
     events = EventAccumulator(str(runs / "seeing/tensorboard"), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
@@ -103,6 +103,12 @@ def test_tensorboard_has_the_same_names_in_all_stages_and_shows_dev_clips(runs):
     assert len(keys) == SHOWN and {f"{kind}/{key}" for key in keys for kind in ("dev", "dev_attention")} <= {*tags["images"]}
     assert len(events.Images("dev/" + min(keys))) == 1 and events.Images("dev/" + min(keys))[0].encoded_image_string.startswith(b"GIF")
     assert len(events.Images("dev_attention/" + min(keys))) == 2
+
+
+def test_a_split_without_sentences_is_a_mistake_and_the_page_stays(runs, flallm):
+    (runs / "seeing/report.html").write_text("a page")
+    done = flallm("report", runs / "seeing", "--split=dve", cwd=runs)
+    assert done.returncode == 2 and "has no sentences of dve but of dev" in done.stderr and (runs / "seeing/report.html").read_text() == "a page"
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ def test_a_killed_run_resumes_to_equal_bytes_on_a_terminal_too(tmp_path):
     subprocess.run([*command, f"--out={tmp_path / 'whole'}"], check=True, capture_output=True)
     killed = subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], start_new_session=True, stdout=subprocess.DEVNULL)
     while not list((tmp_path / "killed").glob("train-*.tar")):
+        assert killed.poll() is None
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()

@@ -98,8 +98,6 @@ def test_a_job_whose_node_dies_goes_on_with_the_node_that_is_left(cluster, recip
 
 
 def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_path):
-    if "--part" not in (ROOT / "tools/make_shards.py").read_text():
-        pytest.skip("tools/make_shards.py has no --part")
     options = {"SHARDS_OPTIONS": "--array=0-1 --cpus-per-task=1", "TRAINING_OPTIONS": " ".join(ONE_CPU)}
     arguments = ("synthetic", "--train=24", "--dev=8", "--test=7", "--size=36")
     done = subprocess.run([ROOT / "slurm/chain.sh", recipe, tmp_path / "out", *arguments], env=cluster.env | options, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -85,14 +86,16 @@ def test_a_video_is_brought_to_the_frame_rate_that_make_shards_brought_the_clips
     _, config = loaded
     assert config.data.fps == 25
     every = video.decode(str(run / "0.mp4"), config.data.resize, 1, 10_000)
-    for rate in (25, 50, 100):
-        with av.open(str(tmp_path / f"{rate}.mp4"), "w") as container:
-            stream = container.add_stream("libx264rgb", rate, {"crf": "0"})
+    for rate, name in ((25, "25.mp4"), (50, "50.mp4"), (100, "100.mp4"), (50, "50.mkv")):  # the last says that it has 1,000 frames a second
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264rgb", 1000 if "mkv" in name else rate, {"crf": "0", "bf": "0"})
             stream.width, stream.height, stream.pix_fmt = every.shape[2], every.shape[1], "rgb24"
-            for picture in every.repeat(rate // 25, 0):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            for i, picture in enumerate(every.repeat(rate // 25, 0)):
+                frame = av.VideoFrame.from_ndarray(picture)
+                frame.pts, frame.time_base = i, Fraction(1, rate)
+                container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-    own, *brought = (next(translate._clips(str(tmp_path / f"{rate}.mp4"), None, 0.0, config)) for rate in (25, 50, 100))
+    own, *brought = (next(translate._clips(str(tmp_path / name), None, 0.0, config)) for name in ("25.mp4", "50.mp4", "100.mp4", "50.mkv"))
     assert all(np.array_equal(own[1], frames) and one.end == own[0].end for one, frames in brought)
     twice = next(translate._clips(str(tmp_path / "50.mp4"), None, 0.0, cfg.override(config, {"data.fps": 0})))[1]
     assert len(twice) == -(-2 * len(every) // config.data.stride)  # as for shards whose clips have their own

@@ -273,6 +273,8 @@ def main() -> None:
             "growth": lambda: growth(folder),
             "sources": sources,
         }
+        if unknown := set(wanted) - parts.keys():
+            sys.exit(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
         for part in wanted or parts:
             parts[part]()
 

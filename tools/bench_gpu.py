@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from flallm import config as cfg
-from flallm import cost, engine
+from flallm import cost, engine, first_line
 from flallm.corpora import synthetic
 from flallm.loader import Batch
 from flallm.model.translator import Translator
@@ -96,7 +96,7 @@ def steps(out: Path, names: Iterable[str] = CASES) -> None:
             try:
                 seconds, allocated, reserved, context = there.get()
             except RuntimeError as error:
-                figure(name, None, "MFU", error=str(error).splitlines()[0])
+                print(f"{name}: {first_line(error)}", file=sys.stderr, flush=True)
                 continue
         figure(
             name, dry.flops / seconds / card().tflops / 1e12, "MFU", ms=round(seconds * 1000, 1), clips_per_s=round(len(lengths) / seconds, 1), frames=sum(lengths),
@@ -144,7 +144,7 @@ def profile(out: Path) -> None:
         engine.train_step(zero2, [batch], ranks)
         torch.cuda.synchronize()
     for by in ("self_device_time_total", "self_cpu_time_total"):
-        print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=80), flush=True)
+        print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=80), file=sys.stderr, flush=True)
     engine.leave()
 
 

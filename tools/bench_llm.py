@@ -178,6 +178,8 @@ FIGURES = {"features_vs_video": features_vs_video, "plan_memory_error": plan_mem
 
 
 def main(names: list[str]) -> None:
+    if unknown := set(names) - FIGURES.keys():
+        sys.exit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
     for name in names or FIGURES:
         with tempfile.TemporaryDirectory() as folder:
             FIGURES[name](Path(folder))

@@ -87,4 +87,7 @@ def _say(figure: str, value: float, unit: str, detail: str) -> None:
 
 
 if __name__ == "__main__":
-    {"tables": tables, "efficiency": efficiency}[sys.argv[1]]()
+    parts = {"tables": tables, "efficiency": efficiency}  # the first as Markdown, for docs/scale.md
+    if len(sys.argv) != 2 or sys.argv[1] not in parts:
+        sys.exit(f"one of {', '.join(parts)} is needed")
+    parts[sys.argv[1]]()

@@ -8,6 +8,7 @@ divided, so that whatever else the machine does falls on both.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -147,7 +148,8 @@ def steps_of_runs(out: Path) -> None:
     for turn in range(3):
         for every in seconds:
             run = out / f"run-{every}-{turn}"
-            train(load(out, train__steps=102, train__log_every=1, train__dev_every=102, checkpoint__every=every), run, ranks)
+            with contextlib.redirect_stdout(sys.stderr):
+                train(load(out, train__steps=102, train__log_every=1, train__dev_every=102, checkpoint__every=every), run, ranks)
             if ranks.first:
                 rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
                 at = {r["step"]: r["seconds"] for r in rows if "loss" in r}
@@ -200,7 +202,8 @@ def train_rss_growth(out: Path) -> None:
 
 
 def _train(config: cfg.Config, run: Path) -> None:
-    train(config, run, engine.join())
+    with contextlib.redirect_stdout(sys.stderr):
+        train(config, run, engine.join())
 
 
 def resident(run: Path, step: int, processes: list[int]) -> int:
@@ -241,6 +244,8 @@ FIGURES = {
 
 
 def main(names: list[str]) -> None:
+    if unknown := set(names) - FIGURES.keys():
+        sys.exit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         make_shards(synthetic.clips(train=200, dev=8, test=0), out / "shards", Options(short_side=72), {"name": "synthetic"})

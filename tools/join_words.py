@@ -95,5 +95,6 @@ def join(
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "join")
+    if sys.argv[1:2] != ["join"]:  # which help and errors name
+        sys.argv.insert(1, "join")
     sys.exit(cli.run({"join": join}, "join_words.py"))

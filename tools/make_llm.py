@@ -30,5 +30,6 @@ def pretrain(text: str, *, out: str, steps: str = "800") -> cli.Job:
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "pretrain")
+    if sys.argv[1:2] != ["pretrain"]:  # which help and errors name
+        sys.argv.insert(1, "pretrain")
     sys.exit(cli.run({"pretrain": pretrain}, "make_llm.py"))

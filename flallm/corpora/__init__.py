@@ -145,9 +145,9 @@ class VideoFile:
 
     def frames(self) -> tuple[Fraction, Iterator[av.VideoFrame]]:
         container = open_video(self.path)
-        return self._rate(container.streams.video[0]), upright(self._decode(container))
+        return self.rate(container.streams.video[0]), upright(self._decode(container))
 
-    def _rate(self, stream) -> Fraction:
+    def rate(self, stream) -> Fraction:
         """Frames per second, from 1 to 240."""
         rate = stream.average_rate
         if not rate or rate > 240:  # none is stated, or the clock's; the frames' own times tell

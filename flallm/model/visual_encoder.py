@@ -6,6 +6,7 @@ Clips are concatenated, never padded, so nothing that is not a frame reaches a c
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -121,7 +122,8 @@ class GlobalBatchNorm(BatchNorm):
             self.running_mean.lerp_(mean.float(), self.momentum)
             self.running_var.lerp_((var * torch.where(enough, count / (count - 1), 1.0)).float(), self.momentum)
             self.num_batches_tracked += 1
-            count = count.clamp_min(1)
+            # Statistics that this rank's frames have no part in are constants to them: their gradient is that of infinitely many frames.
+            count = torch.where(enough, count, math.inf) if self.counts else torch.full_like(count, math.inf)
         return _NormalizeOverRanks.apply(x, self.weight, self.bias, mean.float(), var.float(), count.float(), self.eps)
 
 
