@@ -70,7 +70,7 @@ def _card(run: Path, config: Config, parameters: int, licence: str) -> str:
     light = config.stage == "stage1"  # Light-T has nothing of the language model but its words
     named = path.count("/") == 1 and not path.startswith((".", "/"))  # as on a hub
     base = f"base_model: {path}\n" if named and not light else ""
-    source = "Light-T, trained from nothing" if light else path if named else f"a local copy, {Path(path).name}"
+    source = "Light-T, trained from nothing" if light else path if named else f"{Path(path).name} (a local copy)"
     try:
         shards = Shards(config.data.shards, "train")
         data = f"{shards.corpus.get('name', 'unnamed')}, {len(shards):,} training clips"
@@ -81,10 +81,11 @@ def _card(run: Path, config: Config, parameters: int, licence: str) -> str:
         for convention, scores in json.loads(path.read_text()).items():
             if isinstance(scores, dict) and "bleu4" in scores:
                 low, high = scores["bleu4"]["ci95"]
+                signature = scores["signature"]["bleu"].replace("|", r"\|")  # which would end a cell
                 bleu = f"{scores['bleu4']['value']:.2f} [{low:.2f}, {high:.2f}]"
-                rows.append(f"| {path.stem} | {convention} | {bleu} | {scores['rouge_l']['value']:.2f} | {scores['num_samples']} | `{scores['signature']}` |")
+                rows.append(f"| {path.stem} | {convention} | {bleu} | {scores['rouge_l']['value']:.2f} | {scores['num_samples']} | `{signature}` |")
     table = (
-        "\n".join(["| split | convention | BLEU-4 [95 %] | ROUGE-L | sentences | signature |", "|---|---|---|---|---|---|", *rows])
+        "\n".join(["| split | convention | BLEU-4 [95 %] | ROUGE-L | sentences | BLEU's signature |", "|---|---|---|---|---|---|", *rows])
         if rows
         else "Not scored yet."
     )

@@ -1,6 +1,7 @@
 """What is exported says the same sentences in a fresh process, without the run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,4 +62,6 @@ def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_
     card = (tmp_path / "out/README.md").read_text()
     for part in ("synthetic, 24 training clips", "| test | raw |", "tok:none", "license: cc-by-nc-4.0", "## Limits"):
         assert part in card
+    rows = [re.split(r"(?<!\\)\|", line) for line in card.splitlines() if line.startswith("| ")]
+    assert len(rows) > 4 and {len(row) for row in rows} == {8}  # no cell is cut by what stands in it
     assert str(trained) not in (tmp_path / "out/config.yaml").read_text() + card and "base_model" not in card
