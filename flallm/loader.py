@@ -47,6 +47,11 @@ class Batch:
     texts: list[str]
     bad: list[dict]
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether no clip of it could be read."""
+        return self.keys == [""]
+
     def to(self, device: torch.device) -> Batch:
         return Batch(self.frames.to(device), self.lengths, self.labels.to(device), self.keys, self.texts, self.bad)
 

@@ -64,7 +64,7 @@ class Translator(nn.Module):
             if self.input == "frames":
                 return self.encoder.frame_wise(batch.frames)
             made = batch.frames.ndim == 2  # before, by `flallm features`
-            signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths, any(batch.keys))
+            signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths, not batch.stands_in)
             return self.light_t(signs, batch.lengths) if self.input == "light_t" else signs
 
     def _masked(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
