@@ -21,21 +21,21 @@ _shards: Shards
 _options: tuple
 
 
-def start(folder: str, split: str, cache: str, cache_gib: float, options: tuple) -> None:
-    """Opens the split once a process. options: (resize, crop, stride, max_frames, augment, seed)."""
+def start(shards: Shards, options: tuple) -> None:
+    """What a process needs for every clip: the split, without its index, and (resize, crop, stride, max_frames, augment, seed)."""
     global _shards, _options
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm tells all processes of a step what is meant for the trainer
     os.nice(10)  # decoding fills the gaps that training leaves, and does not make ranks wait for each other
     cv2.setNumThreads(1)
-    _shards, _options = Shards(folder, split, cache, cache_gib), options
+    _shards, _options = shards, options
 
 
-def run(number: int, epoch: int | None, memory: str, first: int, frames: int) -> tuple[str, str, str]:
-    """Puts the `frames` used frames of a clip into a file of shared memory from frame `first` on; returns (key, text, "") or
+def run(number: int, row: dict[str, int], epoch: int | None, memory: str, first: int, frames: int) -> tuple[str, str, str]:
+    """Puts the `frames` used frames of a clip, whose row of the index that is, into a file of shared memory from frame `first` on; returns (key, text, "") or
     (key, "", the cause why not). With an epoch they are augmented."""
     shape, dtype = kind(_shards, _options[1])
     out = np.memmap(memory, dtype, "r+", first * int(np.prod(shape)) * dtype.itemsize, (frames, *shape))
-    return load(_shards, _options, number, epoch, out)
+    return load(_shards, _options, number, row, epoch, out)
 
 
 def kind(shards: Shards, crop: int) -> tuple[tuple[int, ...], np.dtype]:
@@ -56,12 +56,12 @@ def features(content: bytes, shape: tuple[int, int], dtype: np.dtype, copies: in
     raise BadSample(f"is no array of {shape[0]} features of {shape[1]} channels in {np.dtype(dtype)}")
 
 
-def load(shards: Shards, options: tuple, number: int, epoch: int | None, out: np.ndarray) -> tuple[str, str, str]:
+def load(shards: Shards, options: tuple, number: int, row: dict[str, int], epoch: int | None, out: np.ndarray) -> tuple[str, str, str]:
     """As `run`, into an array."""
     resize, crop, stride, max_frames, augment, seed = options
     key = f"{shards.split} sample {number}"
     try:
-        source, meta = shards.read(number)
+        source, meta = shards.read(number, row)
         key = meta["key"]
         if shards.features:
             copies = shards.features["copies"]

@@ -133,7 +133,7 @@ def _shards(config: Config) -> Iterator[Row]:
         for number in numbers:
             out = np.empty((int(clips.used[number]), *clips.shape), clips.dtype)
             began = time.process_time()
-            key, _, cause = decoder.load(clips.shards, clips.options, number, 0 if split == "train" else None, out)
+            key, _, cause = decoder.load(clips.shards, clips.options, number, clips.shards.row(number), 0 if split == "train" else None, out)
             seconds, frames = seconds + time.process_time() - began, frames + int(clips.used[number])
             bad += [f"{key}: {cause}"] * bool(cause)
         found = f"{len(clips.used):,} clips, {len(numbers)} of them read and decoded"

@@ -78,8 +78,8 @@ class Clips:
 
 def batches(clips: Clips, text: Text, groups: Iterable[Group], workers: int) -> Iterator[Batch]:
     """A batch for each group of clips, in order, decoded ahead by `workers` processes (0: here, when it is asked for)."""
-    ahead, size, limit, data = deque(), 0, clips.data.prefetch_mib * 2**20, clips.data
-    arguments = (clips.shards.folder, clips.shards.split, data.cache, data.cache_gib, clips.options)
+    ahead, size, limit = deque(), 0, clips.data.prefetch_mib * 2**20
+    arguments = (clips.shards.without_index(), clips.options)
     with Workers(workers, "flallm.decoder", decoder.start, arguments) if workers else nullcontext() as pool:
         try:
             for group in groups:
@@ -108,7 +108,7 @@ class _Ahead:
         os.ftruncate(self.file, self.size)
         memory = f"/proc/{os.getpid()}/fd/{self.file}"
         self.results = [
-            workers.start(decoder.run, number, epoch, memory, int(first), int(length), timeout=TIMEOUT)
+            workers.start(decoder.run, number, clips.shards.row(number), epoch, memory, int(first), int(length), timeout=TIMEOUT)
             for (epoch, number), first, length in zip(group, self.firsts, self.lengths)
             if workers
         ]
@@ -117,7 +117,7 @@ class _Ahead:
         """(key, text, cause why there is none) of the clip i."""
         epoch, number = self.group[i]
         if not self.results:
-            return decoder.load(self.clips.shards, self.clips.options, number, epoch, frames)
+            return decoder.load(self.clips.shards, self.clips.options, number, self.clips.shards.row(number), epoch, frames)
         try:
             return self.results[i]()
         except Lost as cause:

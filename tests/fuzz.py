@@ -185,7 +185,7 @@ def samples(folder: Path) -> list:
     shards, found = Shards(folder, "dev"), []
     for number, length in enumerate(used_frames(shards.index["frames"], 4, 300)):
         out = np.zeros((length, 32, 32, 3), np.uint8)
-        key, text, cause = decoder.load(shards, DECODE, number, (0, None)[number % 2], out)  # every other one augmented
+        key, text, cause = decoder.load(shards, DECODE, number, shards.row(number), (0, None)[number % 2], out)  # every other one augmented
         (key + text).encode()
         found.append(one_line(cause) if cause else (key, text, out.tobytes()))
     return found

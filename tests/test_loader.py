@@ -3,6 +3,7 @@ import io
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -120,6 +121,14 @@ def test_the_same_frames_for_any_number_of_workers_and_any_batch(clips):
     backwards = list(batches(train, [[(0, n)] for n in reversed(range(len(train.used)))], 0))
     assert np.array_equal(whole, np.concatenate([b.frames for b in reversed(backwards)]))
     assert not np.array_equal(whole, np.concatenate([b.frames for b in batches(train, groups(train, epoch=1), 0)]))
+
+
+def test_workers_read_clips_and_nothing_else(clips, shards, tmp_path):
+    """Of ten million clips the index is 440 MB, which every worker of a node would hold and read at each start."""
+    copied = clips(shards=str(shutil.copytree(shards, tmp_path / "shards")))
+    for file in (tmp_path / "shards/dataset.json", *(tmp_path / "shards").glob("*.index.safetensors")):
+        file.unlink()
+    assert_equal(batches(copied, groups(copied), 2), batches(clips(), groups(clips()), 0))
 
 
 def test_killed_workers_lose_nothing(clips):
