@@ -29,6 +29,8 @@ SPLIT = "test"
 RESAMPLES = 1000  # of the bootstrap
 SEED = 12345  # of the bootstrap, sacreBLEU's
 SCORES = {"rouge_l": "R", "bleu1": "B1", "bleu2": "B2", "bleu3": "B3", "bleu4": "B4"}  # in the paper's order
+# What a run may change when it goes on, and the runs of a table may not: a row would differ in it from the others.
+ALIKE = ("data.shards", "llm.path", "encoder.weights", "decode", "train.spike", "train.dev_every", "train.dev_clips")
 GPU = "a100-80"  # whose hours a plan has before any run is done, as in flallm plan
 
 
@@ -74,7 +76,8 @@ class Study:
         if unknown := set(rows) - set(names):
             raise UserError(f"--rows: table {table} has no row {min(unknown)!r} but {', '.join(names)}")
         self.rows = {row["name"]: [self._run(row, seed) for seed in self.seeds] for row in self.table["rows"]}
-        self.runs = _in_order([run for name in rows or names for run in self.rows[name]])  # of these rows; the table shows what is done of all
+        self.every = _in_order([run for name in names for run in self.rows[name]])  # the table shows what is done of all rows
+        self.runs = _in_order([run for name in rows or names for run in self.rows[name]])  # of these rows
 
     def _run(self, row: dict, seed: int) -> Run:
         stage, every = row.get("stage", "stage2"), row.get("every", {})
@@ -126,26 +129,26 @@ class Study:
         from flallm.loader import Clips
         from flallm.plan import make_plan
 
-        configs = {run: self.config(run) for run in self.runs if run.stage != "features"}
-
         def of_epochs(config: Config) -> int:
             clips = Clips("train", config.data, config.seed)
             return make_plan(config, clips.used, clips.shards.index["text_length"], 1).total(config.train.epochs)
 
+        configs = {run: self.config(run) for run in self.every if run.stage != "features"}
         steps = {run: config.train.steps or of_epochs(config) for run, config in configs.items()}
-        return {run: steps.get(run, 1) for run in self.runs}  # features: one pass
+        return {run: steps.get(run, 1) for run in self.every}  # features: one pass
 
     def check_begun(self) -> None:
-        """Refuses runs of another recipe, on other shards or with another language model: in one table with these they would be taken for what they are not."""
+        """Refuses runs of another recipe, on other shards, from other weights or decoded in another way: in one table with these they would be taken for
+        what they are not."""
         from flallm.train import FREE, check_same
 
-        for run in _in_order([run for runs in self.rows.values() for run in runs]):
+        for run in self.every:
             path, mine = self.folder(run) / "config.yaml", self.config(run)
             if run.stage != "features" and path.is_file():
                 theirs = cfg.flat(cfg.from_dict(Config, cfg.read_yaml(path), str(path)))
                 if run.features:
                     theirs["data.shards"] = mine.data.shards
-                check_same(theirs, mine, self.folder(run), "--out", tuple(name for name in FREE if name not in ("data.shards", "llm.path")))
+                check_same(theirs, mine, self.folder(run), "--out", tuple(name for name in FREE if name not in ALIKE))
 
     def check(self, runs: list[Run]) -> None:
         """Raises UserError where shards or a language model are missing, which would else be noticed once a run begins."""
@@ -158,8 +161,8 @@ class Study:
             Text(config.llm)
 
     def plan(self, gpu: str | None = None, ranks: int = 1) -> str:
-        """The runs, what is done of them, and the hours: of what is to be done, from the seconds a step took in finished runs of the same stage, and
-        where there are none, what `flallm plan` has for so many ranks of that GPU."""
+        """The runs, what is done of them, and the hours: of what is to be done, from the seconds that a frame took in finished runs of the same stage and
+        input, and where there are none, what `flallm plan` has for so many ranks of that GPU."""
         from flallm import cost
 
         @cache
@@ -170,18 +173,22 @@ class Study:
                 return None
             return next(figure.value for figure in figures if figure.name == "run") / 3600
 
-        done = {run: self.seconds(run) / 3600 for run in self.runs if self.done(run)}
-        pace = {stage: np.mean([done[run] / self.steps[run] for run in done if run.stage == stage]) for stage in {run.stage for run in done}}
-        left = {run: self.steps[run] * pace[run.stage] for run in self.runs if run not in done and run.stage in pace}
+        configs = {run: self.config(run) for run in self.every}
+        kind = {run: (run.stage, bool(run.features)) for run in self.every}
+        frames = {run: self.steps[run] * config.train.batch / config.data.stride for run, config in configs.items()}  # as many times as a clip has on average
+        done = {run: self.seconds(run) / 3600 for run in self.every if self.done(run)}
+        pace = {one: np.mean([done[run] / frames[run] for run in done if kind[run] == one]) for one in {kind[run] for run in done}}
+        left = {run: frames[run] * pace[kind[run]] for run in self.runs if run not in done and kind[run] in pace}
         # Of stage 2 from features nothing is known before there are some.
-        new = [run for run in self.runs if gpu and run not in done | left and run.stage != "features" and not run.features]
-        guessed = {run: hours for run in new if (hours := planned(replace(run, seed=0, stage1=None))) is not None}
-        lines = [f"{self.title}: {len(self.runs)} runs, {len(done)} of them done, on {self.recipe}"]
+        guessable = [run for run in self.runs if gpu and run not in done | left and run.stage != "features" and not run.features]
+        guessed = {run: hours for run in guessable if (hours := planned(replace(run, seed=0, stage1=None))) is not None}
+        new = [run for run in self.runs if run not in done]
+        lines = [f"{self.title}: {len(self.runs)} runs, {len(self.runs) - len(new)} of them done, on {self.recipe}"]
         for number, run in enumerate(self.runs):
             hours = next((f"{mark}{found[run]:.2f} h" for mark, found in (("", done), ("", left), ("~", guessed)) if run in found), "? h")
             unit = "pass " if run.stage == "features" else "steps"
             lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} {unit} {hours:>10}   {run.name}")
-        unknown = len(self.runs) - len(done) - len(left) - len(guessed)
+        unknown = len(new) - len(left) - len(guessed)
         sums = [f"{sum(left.values()):.2f} h"] if left else []
         if guessed:
             sums.append(f"~{sum(guessed.values()):.2f} h on {ranks} x {cost.DEVICES[gpu].name} by flallm plan")
@@ -238,8 +245,9 @@ class Study:
             found[name]["swapped_bleu4"] = spread([s["swapped_bleu4"] for s in scores])
             found[name]["hours"] = float(np.mean([sum(self.seconds(r) for r in (run, run.stage1, run.features) if r) for run in runs])) / 3600
             found[name]["paper"] = rows[name].get("paper", {})
+            found[name]["dev"] = [self._learning(run) for run in runs]
             if self.name == "fig2":
-                found[name]["dominance"] = [dominance(self._curves(run)) for run in runs]
+                found[name]["dominance"] = [dominance(self._logged(run, "grad_norm/llm")) for run in runs]
             if name != choice and choice in done:
                 if said[name][0][1:] != said[choice][0][1:]:
                     raise UserError(f"{self.folder(runs[0])} and {self.folder(done[choice][0])} were scored on other sentences: they cannot be compared")
@@ -262,15 +270,26 @@ class Study:
         write_whole(stem.with_suffix(".json"), json.dumps(result, indent=1))
         write_whole(stem.with_suffix(".md"), text)
         if self.name == "fig2":
-            plots.dominance({name: self._curves(runs[0]) for name, runs in self.rows.items() if name in result["rows"]}, stem.with_suffix(".png"))
+            plots.dominance(
+                {name: self._logged(runs[0], "grad_norm/llm") for name, runs in self.rows.items() if name in result["rows"]}, stem.with_suffix(".png")
+            )
         else:
             plots.table(result, stem.with_suffix(".png"))
         return text
 
-    def _curves(self, run: Run) -> list[dict]:
-        """The steps whose norms were written down."""
+    def _logged(self, run: Run, name: str) -> list[dict]:
+        """What a run wrote down at the steps where it has this number."""
         rows = [json.loads(line) for line in (self.folder(run) / "metrics.jsonl").read_text().splitlines()]
-        return [row for row in rows if "grad_norm/llm" in row]
+        return [row for row in rows if name in row]
+
+    def _learning(self, run: Run) -> list[list[list[float]]]:
+        """[clips seen, dev BLEU-4] of a stage 1, if there is one, and of the run itself, which goes on counting where that ended."""
+        curves, seen = [], 0
+        for one in [run.stage1, run] if run.stage1 else [run]:
+            batch = self.config(one).train.batch
+            curves.append([[seen + row["step"] * batch, row["dev_bleu4"]] for row in self._logged(one, "dev_bleu4")])
+            seen += self.steps[one] * batch
+        return curves
 
 
 def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]) -> None:
@@ -280,6 +299,8 @@ def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]
     study.check_begun()
     print(study.plan(GPU if where != "here" or torch.cuda.is_available() else None, ranks), flush=True)
     left = [run for run in study.runs if not study.done(run)]
+    if where != "nowhere":
+        study.check(left)
     if where == "slurm" and left:
         return submit(study, left, shlex.split(sbatch), command)
     if where == "here":
@@ -287,7 +308,6 @@ def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]
 
         from flallm import engine
 
-        study.check(left)
         for run in study.runs:  # a process group each: what one leaves in memory is gone
             if run in left:
                 try:
@@ -361,8 +381,9 @@ def paired(ours: np.ndarray, theirs: np.ndarray, difference: float) -> dict:
 
 
 def dominance(curves: list[dict]) -> dict:
-    """In what share of the steps the last layer of the language model has the larger gradient than the encoder's, and the median of their ratio; then of parameters."""
-    found = {}
+    """In what share of the steps written down the last layer of the language model has the larger gradient than the encoder's, and the median of their
+    ratio; then of parameters."""
+    found = {"steps": len(curves)}
     for kind in ("grad", "param"):
         ratio = np.array([row[f"{kind}_norm/llm"] / max(row[f"{kind}_norm/encoder"], 1e-30) for row in curves])
         found[kind] = {"larger": float((ratio > 1).mean()), "median": float(np.median(ratio))}
@@ -400,8 +421,8 @@ def _dominance(name: str, seeds: list[dict]) -> str:
     said = []
     for kind, what in (("grad", "gradient"), ("param", "parameters")):
         shares, medians = (" / ".join(format(seed[kind][number], form) for seed in seeds) for number, form in (("larger", ".0%"), ("median", ".2f")))
-        said.append(f"{what} in {shares} of the steps (median of LLM ÷ encoder {medians})")
-    return f"{name}: the last layer of the LLM has the larger {', the larger '.join(said)}.\n"
+        said.append(f"{what} in {shares} of them (median of LLM ÷ encoder {medians})")
+    return f"{name}, {seeds[0]['steps']} steps: the last layer of the LLM has the larger {', the larger '.join(said)}.\n"
 
 
 def _mean_sd(values: dict) -> str:

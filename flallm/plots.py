@@ -17,19 +17,23 @@ LONGEST = 30  # letters of a word beside a picture; a model that has not learnt 
 
 
 def table(result: dict, path: Path) -> None:
-    """BLEU-4 of each row with its interval, the seeds one by one, and the paper's."""
-    figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.6 * len(result["rows"])), layout="constrained")
+    """BLEU-4 of each row with its interval, the seeds one by one, and the paper's; and beside it how each seed got there, on dev."""
+    figure, (axes, curves) = pyplot.subplots(1, 2, figsize=(12, max(3, 0.9 + 0.6 * len(result["rows"]))), layout="constrained")
     for place, row in enumerate(result["rows"].values()):
-        score = row["bleu4"]
-        axes.barh(place, score["mean"], 0.6, color="tab:blue", alpha=0.4)
-        axes.hlines(place, *score["ci95"], color="tab:blue")
+        score, colour = row["bleu4"], f"C{place}"
+        axes.barh(place, score["mean"], 0.6, color=colour, alpha=0.4)
+        axes.hlines(place, *score["ci95"], color=colour)
         axes.plot(score["values"], [place] * len(score["values"]), "|", color="black", markersize=10)
         if "bleu4" in row["paper"]:
-            axes.plot(row["paper"]["bleu4"], place, "o", color="tab:orange", fillstyle="none")
+            axes.plot(row["paper"]["bleu4"], place, "o", color="black", fillstyle="none")
+        for *below, own in row["dev"]:
+            for points, style in [(points, ":") for points in below] + [(own, "-")]:
+                curves.plot(*zip(*points), style, color=colour, marker=".", linewidth=1)
     axes.set_yticks(range(len(result["rows"])), list(result["rows"]))
     axes.invert_yaxis()
     axes.set_xlabel("BLEU-4: mean and 95 % interval, | a seed, ○ the paper on PHOENIX14T")
     axes.set_title(result["title"], loc="left", fontsize=10)
+    curves.set(xlabel="clips seen; dotted: its stage 1", ylabel="BLEU-4 on dev, greedy", ylim=(0, None))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

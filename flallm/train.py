@@ -61,25 +61,14 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     there = ranks.gather(checkpoint.steps(run))[0]
     found = newest(config, run, ranks, data, origin)
     torch.manual_seed(config.seed)  # all ranks start from the same weights …
+    model = of_run(copy.deepcopy(config), run) if found else begin(config, stage1, origin, ranks)  # with its own tokenizer: llm.path may be another by now
     if found:
-        model = of_run(copy.deepcopy(config), run)  # with its own tokenizer: what lies at llm.path may be another by now
         checkpoint.load_model(found[0], model)
-    else:
-        model = Translator(config, Text(config.llm))
-        if config.stage == "stage2":
-            take_encoder(model, config, stage1)
-            if len({*ranks.gather(origin), *ranks.gather(checkpoint.identity(stage1))}) > 1:
-                raise UserError(f"--stage1: {stage1} got a better checkpoint while this start read it: start again")
-    text = model.text
-    if (most := -(-int(clips.used.max()) // config.llm.stack)) > text.longest:
-        raise UserError(f"data.max_frames: a clip has {most} features, and {text.longest} is what the language model takes: raise data.stride or llm.stack")
-    check_features(clips, model)
-    total = config.train.steps or plan.total(config.train.epochs)
-    if config.decode.max_tokens > text.longest:
-        raise UserError(f"decode.max_tokens: {config.decode.max_tokens} are more than the {text.longest} that the language model takes")
+    text, total = model.text, config.train.steps or plan.total(config.train.epochs)
+    check_fits(config, clips, model)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     dev_every = config.train.dev_every or plan.steps(0)
-    begin = round(config.train.llm_start * total) if model.one_pass else 0  # steps that the LLM waits
+    wait = round(config.train.llm_start * total) if model.one_pass else 0  # steps that the LLM waits
     with checkpoint.lock(run, ranks), engines.Asked() as asked, contextlib.ExitStack() as leaving:
         if ranks.gather(checkpoint.steps(run))[0] != there:
             raise UserError(f"{run} was written to while this start read it: start again")
@@ -103,8 +92,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             with log.waiting():
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
             rates = engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))
-            model.llm_waits = state.step <= begin
-            if state.step == begin + 1 > 1:  # the LLM's first
+            model.llm_waits = state.step <= wait
+            if state.step == wait + 1 > 1:  # the LLM's first
                 engines.begin_anew(engine, ("language", "adapter"))
                 state.usual = 0.0
             most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
@@ -130,6 +119,26 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             if stop and state.step < total:
                 log.say(f"step {state.step}/{total}  asked to stop: all is saved, and the same command goes on from here")
                 raise SystemExit(AGAIN)
+
+
+def begin(config: Config, stage1: Path | None, origin: str | None, ranks: Ranks) -> Translator:
+    """The model that a run begins with. origin: `checkpoint.identity` of its stage 1."""
+    model = Translator(config, Text(config.llm))
+    if config.stage == "stage2":
+        take_encoder(model, config, stage1)
+        if len({*ranks.gather(origin), *ranks.gather(checkpoint.identity(stage1))}) > 1:
+            raise UserError(f"--stage1: {stage1} got a better checkpoint while this start read it: start again")
+    return model
+
+
+def check_fits(config: Config, clips: Clips, model: Translator) -> None:
+    """Refuses clips and sentences that are longer than what the language model takes, and features of another encoder."""
+    longest = model.text.longest
+    if (most := -(-int(clips.used.max()) // config.llm.stack)) > longest:
+        raise UserError(f"data.max_frames: a clip has {most} features, and {longest} is what the language model takes: raise data.stride or llm.stack")
+    if config.decode.max_tokens > longest:
+        raise UserError(f"decode.max_tokens: {config.decode.max_tokens} are more than the {longest} that the language model takes")
+    check_features(clips, model)
 
 
 def newest(config: Config, run: Path, ranks: Ranks, data: dict, origin: str | None) -> tuple[Path, dict] | None:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -113,6 +116,24 @@ def test_the_runs_of_a_table_differ_from_the_recipe_in_exactly_the_stated_fields
             assert config.stage == stage and differences(config) == own | seeded, name
             assert (differences(study.config(run.stage1)) if run.stage1 else None) == (None if below is None else below | seeded), name
             assert bool(run.features) == (table in ("masks", "stack", "words", "lora") or "cached" in name), name
+
+
+CONTRASTED = {
+    "6": ("data.stride", [1, 2, 4, 8]),
+    "9": ("train.frozen", ["nothing", "backbone", None]),
+    "10": ("llm.random", [True, True, False, False]),
+    "masks": ("train.mask_frames", [0, 5, 5]),
+    "stack": ("llm.stack", [1, 2, 4]),
+    "lora": ("llm.lora.rank", [0, 16]),
+}
+
+
+@pytest.mark.parametrize("table", CONTRASTED)
+def test_rows_are_what_they_are_called_on_a_recipe_with_other_defaults_too(table, tmp_path):
+    other = {"data.stride": 3, "train.frozen": "backbone", "llm.random": True, "train.mask_frames": 2, "llm.stack": 3, "llm.lora.rank": 4}
+    field, values = CONTRASTED[table]
+    study = Study("phoenix14t", table, 1, [], {field: other[field]}, tmp_path)
+    assert [cfg.flat(study.config(run))[field] for (run,) in study.rows.values()] == values
 
 
 def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):
@@ -273,9 +294,11 @@ def test_the_table_stands_beside_the_papers_numbers(done):
     result = json.loads(done["9"].stem.with_suffix(".json").read_text())
     scores = json.loads((done["9"].folder(done["9"].rows["backbone"][0]) / "scores/test.json").read_text())
     assert result["rows"]["backbone"]["bleu4"]["mean"] == scores["raw"]["bleu4"]["value"] and not result["missing"]
+    below, own = result["rows"]["backbone"]["dev"][0]  # one look in each, after 3 steps of 16 clips and 3 of 32
+    assert [clips for clips, _ in below] == [48] and [clips for clips, _ in own] == [48 + 96]
     four = done["4"].write().splitlines()
     assert "|  | R | B1 | B2 | B3 | B4 [95 %] | B4 against factorised |" in four[2] and four[4].endswith("| 32.52, 31.96, 21.96, 16.32, 12.90 |")
-    assert "stage 1: the last layer of the LLM has the larger gradient in " in done["fig2"].write()
+    assert "stage 1, 3 steps: the last layer of the LLM has the larger gradient in " in done["fig2"].write()
     dominance = json.loads(done["fig2"].stem.with_suffix(".json").read_text())["rows"]["stage 1"]["dominance"][0]["grad"]
     rows = [json.loads(line) for line in (done["fig2"].folder(done["fig2"].rows["stage 1"][0]) / "metrics.jsonl").read_text().splitlines()]
     larger = [row["grad_norm/llm"] > row["grad_norm/encoder"] for row in rows if "grad_norm/llm" in row]
@@ -284,44 +307,59 @@ def test_the_table_stands_beside_the_papers_numbers(done):
 
 
 def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twice(done, overrides, tmp_path, flallm):
-    overrides = overrides | {"checkpoint.every": 1}
-    command = ["ablate", "demo", "--table=4", "--rows=factorised", f"--out={tmp_path}/out"]
+    row, overrides = "features through the adapter", overrides | {"checkpoint.every": 1}
+    command = ["ablate", "demo", "--table=words", f"--rows={row}", f"--out={tmp_path}/out"]
     command += [f"--{name}={value}" for name, value in overrides.items()]
-    study = Study("demo", "4", 1, ["factorised"], overrides, tmp_path / "out")
-    first = study.runs[0]
+    study = Study("demo", "words", 1, [row], overrides, tmp_path / "out")
+    first, features, last = study.runs
+    drawn = random.Random(time.time_ns())
+    moments = {run: f"checkpoints/step-{drawn.randint(1, 2)}" for run in (first, last)} | {features: drawn.choice(["train-000000.tar", "dev-000000.tar"])}
+    print(moments)  # to be seen where it fails
     for run in study.runs:  # killed in the midst of each
         with open(tmp_path / "log", "a") as log:
             process = subprocess.Popen([sys.executable, "-m", "flallm", *command], stdout=log, stderr=log, start_new_session=True)
             try:
-                while not (study.folder(run) / "checkpoints/step-1").exists():
+                while not (study.folder(run) / moments[run]).exists():
                     assert process.poll() is None, (tmp_path / "log").read_text()
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         assert not study.done(run)
-    before = {path: path.stat().st_mtime_ns for path in study.folder(first).rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for one in (first, features) for path in study.folder(one).rglob("*") if path.is_file()}
     again = flallm(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert [line.split()[1] for line in again.stdout.splitlines() if line.endswith(first.name)] == ["done"]
-    assert before and before == {path: path.stat().st_mtime_ns for path in study.folder(first).rglob("*") if path.is_file()}
+    assert [line.split()[1] for line in again.stdout.splitlines() if line.endswith((first.name, features.name))] == ["done", "done"]
+    assert before and before == {path: path.stat().st_mtime_ns for one in (first, features) for path in study.folder(one).rglob("*") if path.is_file()}
     assert "stage1  going on from the checkpoint of step" in (tmp_path / "log").read_text()
-    for run in study.runs:
+    for run in (first, last):
         steps = [row["step"] for row in map(json.loads, (study.folder(run) / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
         assert steps == [1, 2, 3]
-        one, other = (load_file(checkpoint.best(s.folder(run)) / "model.safetensors") for s in (study, done["4"]))
+        one, other = (load_file(checkpoint.best(s.folder(run)) / "model.safetensors") for s in (study, done["words"]))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    unbroken, result = done["4"].result()["rows"]["factorised"], json.loads((tmp_path / "out/table-4.json").read_text())["rows"]["factorised"]
-    for row in (unbroken, result):
-        del row["hours"]
-        row.pop("against_choice", None)
-    assert result == unbroken
+    unbroken, result = done["words"].result()["rows"][row], json.loads((tmp_path / "out/table-words.json").read_text())["rows"][row]
+    assert result.pop("hours") > 0 < unbroken.pop("hours") and result == unbroken
 
 
-@pytest.mark.parametrize(("field", "value", "said"), [("train.batch", 8, "train.batch was 16 and is 8"), ("llm.path", "other", "llm.path was .* and is other")])
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("train.batch", 8, "train.batch was 16 and is 8"),
+        ("llm.path", "other", "llm.path was .* and is other"),
+        ("encoder.weights", "resnet18.pth", "encoder.weights was None and is resnet18.pth"),
+        ("decode.beam", 1, "decode.beam was 5 and is 1"),
+        ("train.dev_every", 2, "train.dev_every was 3 and is 2"),  # it decides which checkpoint is the best
+    ],
+)
 def test_runs_of_another_recipe_in_the_same_folder_are_refused(done, overrides, field, value, said):
     study = Study("demo", "4", 1, [], {**overrides, field: value}, done["4"].out)
     with pytest.raises(UserError, match=f"begun with another recipe: {said}. Name another --out"):
         ablate.ablate(study, "nowhere", 1, "", [])
+
+
+def test_nothing_is_submitted_that_cannot_run(overrides, tmp_path):
+    study = Study("demo", "4", 1, [], overrides | {"data.shards": str(tmp_path)}, tmp_path / "out")
+    with pytest.raises(UserError, match="holds no finished shards"):
+        ablate.ablate(study, "slurm", 1, "", [])
 
 
 def test_a_study_of_some_rows_shows_all_that_are_done_and_the_page_of_its_run_has_it(done, overrides):
@@ -338,6 +376,9 @@ def test_hours_are_those_of_finished_runs_or_of_the_plan_of_a_gpu(done, override
     more = Study("demo", "9", 2, [], overrides, done["9"].out)
     hours = [json.loads(line)["seconds"] for line in (done["9"].folder(done["9"].runs[0]) / "metrics.jsonl").read_text().splitlines()][-1] / 3600
     assert f"{hours:.2f} h   stage1/seed1" in more.plan() and more.plan().splitlines()[-1].startswith("left: ") and "unknown" not in more.plan()
+    half = Study("demo", "6", 1, ["50 %"], overrides, done["9"].out).plan()  # twice the frames take twice the time
+    slow = float(re.search(r"([\d.]+) h   stage1\+stride=2/seed0", half)[1])
+    assert slow == pytest.approx(2 * hours, abs=0.006)
     new = Study("demo", "4", 1, [], overrides, tmp_path)
     assert new.plan().splitlines()[-1] == "left: 3 runs of unknown length: none of their stage is done"
     assert all("~" in line for line in new.plan("h200", 2).splitlines()[1:]) and "on 2 x H200 by flallm plan" in new.plan("h200", 2)

@@ -50,8 +50,13 @@ def test_the_demos_sentences_stay_what_they_are():
 
 def test_the_benchmark_corpus_is_what_its_dials_say():
     dials = synthetic.PRESETS["bench"]
-    with pytest.raises(UserError, match="joined needs many"):
-        replace(dials, many=False)
+    for wrong, said in (
+        ({"many": False}, "joined needs many"),
+        ({"signers": (8,)}, "signers: three numbers are needed"),
+        ({"clips": (8, 0, 1)}, "clips: three"),
+    ):
+        with pytest.raises(UserError, match=said):
+            replace(dials, **wrong)
     train, test, text = (list(synthetic.sentences(split, n, dials=dials)) for split, n in (("train", 4800), ("test", 400), ("text", 4800)))
     assert len(synthetic.MANY_GLOSSES) > 2 * len(synthetic.GLOSSES) and max(len(g) for g, _ in train) > 12
     # Unseen: signers, sentences, and in some of them a pair of a noun and what is said of it, which text alone has.

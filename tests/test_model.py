@@ -140,6 +140,28 @@ def test_in_one_pass_the_encoder_has_the_gradient_of_stage_1_and_none_of_the_lan
     assert all(p.grad is not None and p.grad.any() for p in (model.adapter[0].weight, model.first.adapter[0].weight, model.first.words.weight))
 
 
+def test_the_language_model_reads_frames_or_hidden_states_of_light_t_where_it_is_told_to(small):
+    """Table 8: each is what stage 1 has there, of every clip by itself."""
+    wide = {"encoder.widths": "8,16,16,24"}  # others than the 32 channels of a sign-wise feature
+    first = Translator(small("stage1", wide), Text(small("stage1").llm)).eval()
+    models = {name: Translator(small("stage2", wide | {"llm.input": name}), first.text).eval() for name in ("frames", "light_t")}
+    for model in models.values():
+        model.encoder.load_state_dict(first.encoder.state_dict())
+    models["light_t"].light_t.adapter.load_state_dict(first.adapter.state_dict())
+    models["light_t"].light_t.encoder.load_state_dict(first.language.get_encoder().state_dict(), strict=False)
+    clips = Clips("train", small("stage2").data, 0)
+    batch = batch_of(first, clips, 0, 1, 2, 3)
+    assert len(set(batch.lengths.tolist())) > 1
+    with torch.no_grad():
+        for number, (frames, hidden) in enumerate(zip(*(m.features(batch).split(batch.lengths.tolist()) for m in models.values()))):
+            clip = batch_of(first, clips, number)
+            images = (clip.frames.permute(0, 3, 1, 2) - first.encoder.mean) / first.encoder.std
+            torch.testing.assert_close(frames, first.encoder.backbone(images).pooler_output[:, :, 0, 0], rtol=1e-4, atol=1e-5)
+            read = first.language.get_encoder()(inputs_embeds=first.adapter(first.features(clip))[None]).last_hidden_state[0]
+            torch.testing.assert_close(hidden, read, rtol=1e-4, atol=1e-5)
+    assert frames.shape[1] == models["frames"].adapter[0].in_features == 24
+
+
 def test_the_adapter_stands_where_word_embeddings_stood(small):
     """Word embeddings fed through the adapter's place give mBART's own outputs: scale, positions and LayerNorm as for words."""
     config = small("stage2")

@@ -47,11 +47,10 @@ def submit(cluster: Cluster, folder: Path, nodes: str, *arguments: str) -> str:
     return cluster.ask("sbatch", "--parsable", *options, str(ROOT / "slurm/stage1.sh"), *arguments, f"--run_dir={folder}/run").strip()
 
 
-def test_slurm_would_take_both_stages_of_a_recipe_of_the_paper(cluster):
+@pytest.mark.parametrize("name", ["phoenix14t", "csl-daily", "how2sign"])
+def test_slurm_would_take_both_stages_of_a_recipe_of_the_paper(cluster, name):
     for stage, *more in (("stage1",), ("stage2", "--stage1=/run")):
-        cluster.ask(
-            "sbatch", "--test-only", "--gpus-per-node=0", "--cpus-per-task=16", str(ROOT / f"slurm/{stage}.sh"), "phoenix14t", "--data.shards=/shards", *more
-        )
+        cluster.ask("sbatch", "--test-only", "--gpus-per-node=0", "--cpus-per-task=16", str(ROOT / f"slurm/{stage}.sh"), name, "--data.shards=/shards", *more)
 
 
 def losses(run: Path) -> dict[int, float]:

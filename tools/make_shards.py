@@ -1,6 +1,7 @@
 """Makes the WebDataset shards that flallm trains on: `python tools/make_shards.py CORPUS … --out DIR`."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def synthetic(
     Args:
         out: the folder to write into
         preset: demo, or bench, a harder one to measure on
-        dials: what differs from the preset, as in --dials=tail=0,joined=0.5: fields of `Dials` in flallm/corpora/synthetic.py
+        dials: what differs from the preset, as in --dials=tail=0,signers=16,4,6: fields of `Dials` in flallm/corpora/synthetic.py
         seed: of everything random
         train: clips in train; 2400 in demo, 4800 in bench
         dev: clips in dev; 100 and 150
@@ -55,7 +56,7 @@ def synthetic(
 
     if preset not in synthetic.PRESETS:
         raise UserError(f"--preset: {preset!r} is none of {', '.join(synthetic.PRESETS)}")
-    turned = config.override_fields(synthetic.PRESETS[preset], dict(dial.partition("=")[::2] for dial in dials.split(",") if dial), "--dials")
+    turned = config.override_fields(synthetic.PRESETS[preset], dict(dial.partition("=")[::2] for dial in re.split(r",(?=\w+=)", dials) if dial), "--dials")
     counts = dict(zip(("train", "dev", "test"), turned.clips))
     counts |= {name: cli.whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
     numbers = {"seed": cli.whole("seed", seed), **counts, "size": cli.whole("size", size, 16)}

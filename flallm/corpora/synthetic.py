@@ -72,6 +72,9 @@ class Dials:
     def __post_init__(self):
         if self.joined and not self.many:
             raise UserError("--dials: joined needs many, which has the signs that join clauses")
+        for name, counts in (("signers", self.signers), ("clips", self.clips)):
+            if len(counts) != 3 or min(counts) < 1:
+                raise UserError(f"--dials: {name}: three numbers are needed, of train, dev and test, each at least 1")
 
 
 PRESETS = {
