@@ -88,7 +88,8 @@ class Writer:
             if self.ranks.first:
                 tensors["model.safetensors"] = unique_tensors(engine.module)
             copies = {name: {k: v.detach().to("cpu", copy=True) for k, v in content.items()} for name, content in tensors.items()}
-        self.files = self.thread.submit(_write, self.folder / f".step-{state.step}.part", copies)
+        self.part = self.folder / f".step-{state.step}.part"
+        self.files = self.thread.submit(_write, self.part, copies)
 
     def settle(self) -> None:
         """Makes a checkpoint of what all ranks have written or, where some still write, will have; raises DiskError on all of
@@ -105,7 +106,7 @@ class Writer:
         problem = self.ranks.gather(problem)[0]
         if problem:
             if self.ranks.first:
-                shutil.rmtree(self._part(manifest), ignore_errors=True)
+                shutil.rmtree(self.part, ignore_errors=True)
             raise DiskError(f"checkpoint of step {manifest['step']} could not be written: {problem}")
         if self.ranks.first:
             self.thread.submit(_remove_old, self.folder, self.keep)
@@ -116,22 +117,19 @@ class Writer:
         self.thread.shutdown()
         self.ranks.gather(None)
 
-    def _part(self, manifest: dict) -> Path:
-        return self.folder / f".step-{manifest['step']}.part"
-
     def _name(self, manifest: dict) -> str | None:
         folder = self.folder / f"step-{manifest['step']}"
         try:
             for name, facts in manifest["files"].items():
-                if not (self._part(manifest) / name).is_file() or (self._part(manifest) / name).stat().st_size != facts["bytes"]:
+                if not (self.part / name).is_file() or (self.part / name).stat().st_size != facts["bytes"]:
                     return f"{name}, of another rank, is not there: a run folder has to lie on a file system that all nodes share"
-            with open(self._part(manifest) / "manifest.json", "w") as file:
+            with open(self.part / "manifest.json", "w") as file:
                 file.write(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
                 file.flush()
                 os.fsync(file.fileno())
-            _sync(self._part(manifest))
+            _sync(self.part)
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one of an earlier try
-            self._part(manifest).rename(folder)
+            self.part.rename(folder)
             _sync(self.folder)
         except OSError as error:
             return str(error)

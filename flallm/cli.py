@@ -31,7 +31,6 @@ def whole(option: str, value: str, least: int = 0) -> int:
     return int(value)
 
 
-@SetParseFn(str)
 def demo(*, out: str = "flallm-demo") -> Job:
     """The whole job on an embedded corpus: shards, stage 1, stage 2, scores and a translated clip, in some ten minutes on two cores.
 
@@ -43,7 +42,6 @@ def demo(*, out: str = "flallm-demo") -> Job:
     return Job(lambda: demo(Path(out)))
 
 
-@SetParseFn(str)
 def stage1(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
     """Visual initialing: trains the visual encoder with a light translation model (Light-T) behind it.
 
@@ -55,7 +53,6 @@ def stage1(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
     return _training("stage1", recipe, run_dir, overrides)
 
 
-@SetParseFn(str)
 def stage2(recipe: str, *, stage1: str, run_dir: str | None = None, **overrides: str) -> Job:
     """LLM fine-tuning: trains a large language model on the frozen visual encoder of a stage-1 run.
 
@@ -68,7 +65,6 @@ def stage2(recipe: str, *, stage1: str, run_dir: str | None = None, **overrides:
     return _training("stage2", recipe, run_dir, overrides, Path(stage1))
 
 
-@SetParseFn(str)
 def joint(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
     """The end-to-end baseline: encoder and large language model trained together, nothing frozen.
 
@@ -93,7 +89,6 @@ def _training(stage: str, recipe: str, run_dir: str | None, overrides: dict[str,
     return Job(work)
 
 
-@SetParseFn(str)
 def evaluate(run: str, *, split: str = "test") -> Job:
     """Decodes a split with a run's best checkpoint, and writes predictions/<split>.jsonl and scores/<split>.json.
 
@@ -113,7 +108,6 @@ def evaluate(run: str, *, split: str = "test") -> Job:
     return Job(work)
 
 
-@SetParseFn(str)
 def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> Job:
     """Writes the sign-wise features of a run's encoder as shards: stage 2 takes them by --data.shards in place of video, and so does what is done with its run.
 
@@ -136,7 +130,6 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
     return Job(work)
 
 
-@SetParseFn(str)
 def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str = "0") -> Job:
     """Writes a pre-trained model without the tokens that the training text of a data set does not need; `--llm.path=OUT` then names it.
 
@@ -161,7 +154,6 @@ def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str 
     return Job(work)
 
 
-@SetParseFn(str)
 def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | None = None, clips_per_s: str | None = None, **overrides: str) -> Job:
     """What a recipe will take on so many GPUs: parameters, memory, steps, hours, communication, decoding, checkpoints, failures. Exit code 1: it does not fit.
 
@@ -201,7 +193,6 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
     return Job(work)
 
 
-@SetParseFn(str)
 def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown") -> Job:
     """Writes a run's best model as a folder of its own, with a model card: `flallm.load(OUT).translate(video)`.
 
@@ -222,7 +213,6 @@ def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown"
     return Job(work)
 
 
-@SetParseFn(str)
 def score(hypotheses: str, references: str | None = None, *, convention: str = "all", semantic: str | None = None, layer: str | None = None) -> Job:
     """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
 
@@ -253,7 +243,6 @@ def score(hypotheses: str, references: str | None = None, *, convention: str = "
     return Job(work)
 
 
-@SetParseFn(str)
 def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
     """Two evaluated runs side by side: scores with paired tests, what differs in their configs, the sentences that changed most.
 
@@ -271,7 +260,6 @@ def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
     return Job(work)
 
 
-@SetParseFn(str)
 def probe(run: str, *, split: str = "test") -> Job:
     """How much of a run's score comes from seeing: decodes a split from spoilt videos too, scores it in parts, and writes probes/<split>.json.
 
@@ -291,7 +279,6 @@ def probe(run: str, *, split: str = "test") -> Job:
     return Job(work)
 
 
-@SetParseFn(str)
 def report(run: str, *, split: str = "test", clips: str = "24") -> Job:
     """Writes report.html of a run, one file for any browser, no network: scores among the published ones, curves, probes, config, sentences with clips.
 
@@ -310,7 +297,6 @@ def report(run: str, *, split: str = "test", clips: str = "24") -> Job:
     return Job(work)
 
 
-@SetParseFn(str)
 def ablate(
     recipe: str,
     *,
@@ -359,7 +345,6 @@ def ablate(
     return Job(work)
 
 
-@SetParseFn(str)
 def translate(run: str, *videos: str, format: str = "text", segments: str | None = None, window: str = "0", alternatives: str = "0") -> Job:
     """Prints a sentence for each video file. One that gives none has a line on stderr, and the exit code is 2 in the end.
 
@@ -411,7 +396,6 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
     return Job(work)
 
 
-@SetParseFn(str)
 def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str) -> Job:
     """Looks at this machine and at what a recipe needs of it: rows OK, WARN, MISS with what to do. Exit code 1: something is missing.
 
@@ -455,6 +439,8 @@ COMMANDS = {
 def run(commands: dict[str, Callable], name: str) -> int:
     """Runs the command of sys.argv; returns the exit code: 0 done, 2 the user's mistake (one line)."""
     said = io.StringIO()
+    for command in commands.values():
+        SetParseFn(str)(command)  # which takes words as they stand, not what Fire makes of them
     try:
         words = [re.sub("^(--[^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), w) for w in sys.argv[1:] if w not in ("--help", "-h")]
         if len(words) < len(sys.argv) - 1:

@@ -15,7 +15,7 @@ SENTENCES = 10  # that are shown
 
 def compare(a: Path, b: Path, split: str) -> str:
     """The comparison as text. Raises UserError where the runs were not scored on the same references."""
-    configs = [flat(config.read_yaml(_file(run, "config.yaml", "name the --run_dir of a stage1, stage2 or joint command"))) for run in (a, b)]
+    configs = [config.flat(config.read_yaml(_file(run, "config.yaml", "name the --run_dir of a stage1, stage2 or joint command"))) for run in (a, b)]
     said_a, references, keys = _predictions(a, split)
     said_b, references_b, keys_b = _predictions(b, split)
     if unlike := sorted(str(key) for key, _ in set(zip(keys, references)) ^ set(zip(keys_b, references_b))):
@@ -57,14 +57,6 @@ def _scores(said_a: list[str], said_b: list[str], references: list[str], convent
         p = ("-", "-") if one.score == other.score else (f"{other.p_value:.4f}", f"{randomized.p_value:.4f}")
         rows.append(f"{label:9}{one.score:8.2f}{other.score:8.2f}{other.score - one.score:+9.2f}   {p[0]:>19}   {p[1]:>28}")
     return rows
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, object]:
-    """{"a.b": value}. Not by way of `Config`: a run of an older version may have other fields."""
-    out = {}
-    for name, value in values.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return out
 
 
 def _configs(a: dict[str, object], b: dict[str, object]) -> list[str]:

@@ -14,7 +14,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 
 import yaml
@@ -30,20 +30,14 @@ CHOICES = {
     "train.frozen": ("nothing", "backbone", "encoder", None),
     "llm.input": ("signs", "frames", "light_t", "words"),
 }
-LEAST = {
-    1: (
-        "data.resize", "data.crop", "data.stride", "data.max_frames", "data.prefetch_mib", "encoder.stem", "encoder.widths", "encoder.depths",
-        "encoder.channels", "encoder.kernel", "light_t.layers", "light_t.heads", "light_t.width", "light_t.ffn", "llm.stack", "train.steps", "train.batch",
-        "train.micro_batches",
-        "train.pool", "train.log_every", "train.max_skipped", "train.timeout", "checkpoint.last", "checkpoint.best", "decode.beam", "decode.max_tokens",
-        "decode.batch",
-    ),
-    0: (
-        "seed", "data.fps", "data.workers", "data.cache_gib", "data.augment.probability", "data.augment.rotate", "data.augment.scale", "data.augment.translate", "llm.lora.rank", "train.batch_frames", "train.lr_encoder", "train.lr_adapter", "train.lr_language", "train.lr_first",
-        "train.momentum", "train.weight_decay", "train.max_grad_norm", "train.word_loss", "train.mask_frames", "train.mask_channels", "train.spike",
-        "train.dev_every", "train.dev_clips", "checkpoint.every", "checkpoint.minutes",
-    ),
+AT_LEAST_1 = {  # every other number is 0 at the least, but those of SIGNED
+    "data.resize", "data.crop", "data.stride", "data.max_frames", "data.prefetch_mib", "encoder.stem", "encoder.widths", "encoder.depths",
+    "encoder.channels", "encoder.kernel", "light_t.layers", "light_t.heads", "light_t.width", "light_t.ffn", "llm.stack", "train.steps", "train.batch",
+    "train.micro_batches", "train.pool", "train.log_every", "train.max_skipped", "train.timeout", "checkpoint.last", "checkpoint.best", "decode.beam",
+    "decode.max_tokens", "decode.batch",
 }  # fmt: skip
+SIGNED = {"llm.lora.alpha", "decode.length_penalty"}
+SHARES = ("train.llm_start", "train.warmup", "train.label_smoothing", "light_t.dropout", "llm.dropout")  # from 0 to below 1
 PLACE = "{video}"  # where the features stand in a prompt
 
 
@@ -186,19 +180,35 @@ class Config:
 
 
 def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) -> Config:
-    """The config of one stage of a recipe: a built-in name or the path of a YAML file."""
-    builtin = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
-    path = builtin if builtin.exists() else Path(recipe)
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in builtin.parent.glob("*.yaml")))
-        raise UserError(f"no recipe {recipe!r}: name a YAML file or one of {names}")
-    sections = read_yaml(path)
+    """The config of one stage of a recipe: a built-in name or the path of a YAML file, which may hold no more than what differs from its `base`."""
+    path, sections = _sections(recipe, Path())
     train = {name: _coerce(sections.pop(name, {}), Train, f"{path}: {name}") for name in STAGES}  # a mistake in any is said
     if wrong := next((name for name in ("train", "stage") if name in sections), None):
         raise UserError(f"{path}: `{wrong}:` is what a run's config.yaml has; in a recipe stage1, stage2 and joint are sections of their own")
     config = from_dict(Config, {**sections, "stage": stage}, str(path))
     config.train = train[stage]
     return override(config, overrides or {})
+
+
+def _sections(recipe: str, beside: Path, above: tuple[Path, ...] = ()) -> tuple[Path, dict]:
+    """(a recipe's file, its sections; where it names a `base`, another recipe, these are that one's with its own fields put in). beside: the folder of the
+    file that names it; above: those that led here."""
+    builtin = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
+    path = builtin if builtin.exists() else beside / recipe
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in builtin.parent.glob("*.yaml")))
+        raise UserError("".join(f"{file}: base: " for file in above[-1:]) + f"no recipe {recipe!r}: name a YAML file or one of {names}")
+    if path in above:
+        raise UserError(f"{path}: its base leads back to itself")
+    sections = read_yaml(path)
+    base = sections.pop("base", None)
+    return path, _merged(_sections(str(base), path.parent, (*above, path))[1], sections) if base else sections
+
+
+def _merged(below: dict, own: dict) -> dict:
+    return below | {
+        name: _merged(below[name], value) if isinstance(value, dict) and isinstance(below.get(name), dict) else value for name, value in own.items()
+    }
 
 
 def read_yaml(path: Path) -> dict:
@@ -230,11 +240,6 @@ def from_options(cls, options: dict[str, str]):
     return from_dict(cls, options, "options")
 
 
-def override_fields(instance, values: dict[str, object], where: str):
-    """A flat dataclass with other values."""
-    return from_dict(type(instance), vars(instance) | values, where)
-
-
 def override(config: Config, overrides: dict[str, object]) -> Config:
     """The config with `{"a.b": value}` put in."""
     known = [name for name in flat(config) if name != "stage"]
@@ -249,38 +254,32 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         for parent in parents:
             target = getattr(target, parent)
         setattr(target, leaf, _coerce(value, typing.get_type_hints(type(target))[leaf], f"--{name}"))
+    values, encoder, light, llm, train = flat(config), config.encoder, config.light_t, config.llm, config.train
     for name, choices in CHOICES.items():
-        if (value := flat(config)[name]) not in choices:
-            raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
-    values = flat(config)
-    for least, names in LEAST.items():
-        for name in names:
-            numbers = values[name] if isinstance(values[name], tuple) else (values[name],)
-            if below := [number for number in numbers if number is not None and number < least]:
-                raise UserError(f"{name}: {below[0]} is less than {least}")
-    if config.train.one_pass and config.stage != "joint":
-        raise UserError(f"train.one_pass: {config.stage} is one of two passes, joint takes it")
-    for name in ("train.llm_start", "train.warmup", "train.label_smoothing", "light_t.dropout", "llm.dropout"):
-        if not 0 <= (value := values[name]) < 1:
+        if values[name] not in choices:
+            raise UserError(f"{name}: {values[name]!r} is none of {', '.join(map(str, choices))}")
+    for name, value in values.items():
+        if name in SHARES and not 0 <= value < 1:
             raise UserError(f"{name}: {value} is no share from 0 to below 1")
-    if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
-        raise UserError(f"train.betas: {', '.join(map(str, config.train.betas))}: two numbers from 0 to below 1 are needed")
-    if not config.encoder.widths:
-        raise UserError("encoder.widths: one is needed at least")
-    if len(config.encoder.widths) != len(config.encoder.depths):
-        raise UserError(f"encoder.depths: {len(config.encoder.depths)} of them for {len(config.encoder.widths)} encoder.widths")
-    if config.light_t.width % config.light_t.heads:
-        raise UserError(f"light_t.heads: {config.light_t.heads} heads cannot share a light_t.width of {config.light_t.width}")
-    if config.stage == "joint" and config.llm.input != "signs":
-        raise UserError(f"llm.input: {config.llm.input} is for stage 2, joint trains on signs")
-    if config.llm.input == "words" and config.llm.stack > 1:
-        raise UserError(f"llm.stack: {config.llm.stack} features are put together into one, llm.input=words gives each its own words")
-    if config.data.crop > config.data.resize:
-        raise UserError(f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}")
-    if config.llm.prompt.count(PLACE) != 1:
-        raise UserError(f"llm.prompt: {config.llm.prompt!r} must hold {PLACE} once, the place of the features")
-    if config.train.steps is None and not 0 < config.train.epochs < math.inf:
-        raise UserError(f"train.epochs: {config.train.epochs} is not more than 0" if config.train.epochs <= 0 else "train.epochs: a run has to end")
+        least = 1 if name in AT_LEAST_1 else -math.inf if name in SIGNED else 0
+        if below := [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float) and n < least]:
+            raise UserError(f"{name}: {below[0]} is less than {least}")
+    betas, endless = train.betas, train.steps is None and train.epochs == math.inf
+    for wrong, said in (
+        (train.one_pass and config.stage != "joint", f"train.one_pass: {config.stage} is one of two passes, joint takes it"),
+        (len(betas) != 2 or max(betas) >= 1, f"train.betas: {', '.join(map(str, betas))}: two numbers from 0 to below 1 are needed"),
+        (not encoder.widths, "encoder.widths: one is needed at least"),
+        (len(encoder.widths) != len(encoder.depths), f"encoder.depths: {len(encoder.depths)} of them for {len(encoder.widths)} encoder.widths"),
+        (light.width % light.heads, f"light_t.heads: {light.heads} heads cannot share a light_t.width of {light.width}"),
+        (config.stage == "joint" and llm.input != "signs", f"llm.input: {llm.input} is for stage 2, joint trains on signs"),
+        (llm.input == "words" and llm.stack > 1, f"llm.stack: {llm.stack} features are put together into one, llm.input=words gives each its own words"),
+        (config.data.crop > config.data.resize, f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}"),
+        (llm.prompt.count(PLACE) != 1, f"llm.prompt: {llm.prompt!r} must hold {PLACE} once, the place of the features"),
+        (train.steps is None and not train.epochs, f"train.epochs: {train.epochs} is not more than 0"),
+        (endless, "train.epochs: a run has to end"),
+    ):
+        if wrong:
+            raise UserError(said)
     return config
 
 
@@ -295,22 +294,16 @@ def _put(section: dict, names: list[str], value: object) -> None:
 
 
 def flat(config, prefix: str = "") -> dict[str, object]:
-    """{"a.b": value} of every field."""
-    out = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        out |= flat(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
+    """{"a.b": value} of every field of a config, or of the dicts in a run's config.yaml: one of an older version may have other fields."""
+    out, yaml_of_one = {}, isinstance(config, dict)
+    for name, value in (config if yaml_of_one else vars(config)).items():
+        section = isinstance(value, dict) if yaml_of_one else is_dataclass(value)
+        out |= flat(value, f"{prefix}{name}.") if section else {f"{prefix}{name}": value}
     return out
 
 
 def dump(config: Config) -> str:
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def _suggest(name: str, known, dashes: str = "") -> str:

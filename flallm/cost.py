@@ -231,51 +231,6 @@ def _trimmed(model: Translator) -> int:
     return sum((before - words) * width for words, width in tables.values()) if before else 0
 
 
-@dataclass
-class Memory:
-    """Bytes on one rank at the two moments when there are most: in the backward pass, and in the optimiser's update."""
-
-    context: float
-    weights: int
-    master: float  # the optimiser's own copy of the rank's share of what trains
-    moments: float
-    gradients: float  # the rank's share of them
-    bucket: float  # where gradients are put together to be reduced
-    activations: int
-    update: float  # a second copy of gradients, and AdamW's temporaries
-    gathered: float  # ZeRO-3 alone: other ranks' weights, as many as a step has at a time
-    others: float  # ZeRO-3 alone: all of them, when all come together for a look at dev or a checkpoint
-
-    @property
-    def peak(self) -> float:
-        moment = max(self.bucket + self.activations + self.gathered, self.update, self.others)
-        return self.context + self.weights + self.master + self.moments + self.gradients + moment
-
-
-def memory(config: Config, step: Step, world_size: int, device: Device) -> Memory:
-    """ZeRO as DeepSpeed does it, with fp32 weights, master weights and gradients (autocast computes in bf16). Under ZeRO-3 a rank's share of the
-    weights is its master weights too."""
-    settings = engine.deepspeed_config(config.train, device.kind)["zero_optimization"]
-    trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
-    share = 4 * trained / world_size
-    offload = settings.get("offload_optimizer", {}).get("device", "none") == "cpu" and device.kind == "cuda"
-    bucket = 4 * min(settings.get("reduce_bucket_size", 5e8), trained) * (2 if settings.get("overlap_comm") else 1)
-    adam, three = config.train.optimizer == "adamw", settings["stage"] == 3
-    weights = 4 * (trained + frozen)
-    return Memory(
-        device.context * GIB,
-        weights / world_size if three else weights,
-        0 if offload or three else share,
-        0 if offload else share * (2 if adam else 1),
-        0 if offload else share * (2 if config.train.micro_batches > 1 else 1),
-        bucket,
-        step.activations,
-        0 if offload else 4 * step.largest_group / world_size * (2 if adam else 1),
-        min(weights, 4 * settings.get("stage3_max_live_parameters", 1e9)) if three else 0,
-        weights * (1 - 1 / world_size) if three else 0,
-    )
-
-
 @dataclass(frozen=True)
 class Figure:
     """A number with what it follows from. unit: GiB (the value is in bytes), GB, M, s, % (the value is a share), or what a number counts."""
@@ -294,6 +249,37 @@ class Figure:
         value = value / divisor
         digits = 0 if float(value).is_integer() or abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 3
         return f"{value:,.{digits}f} {unit}".strip()
+
+
+def memory(config: Config, step: Step, N: int, device: Device, batch: str = "") -> list[Figure]:
+    """Bytes on one rank; the last is the most at a time: in the backward pass, in the optimiser's update, or where ZeRO-3 brings all weights together.
+
+    ZeRO as DeepSpeed does it, with fp32 weights, master weights and gradients (autocast computes in bf16). Under ZeRO-3 a rank's share of the weights is its
+    master weights too. batch: what the largest micro-batch is.
+    """
+    settings = engine.deepspeed_config(config.train, device.kind)["zero_optimization"]
+    trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
+    share, whole, zero = 4 * trained / N, 4 * (trained + frozen), f"/ {N} ranks"
+    host = settings.get("offload_optimizer", {}).get("device", "none") == "cpu" and device.kind == "cuda"
+    moments, three = 2 if config.train.optimizer == "adamw" else 1, settings["stage"] == 3
+    bucket = 4 * min(settings.get("reduce_bucket_size", 5e8), trained) * (2 if settings.get("overlap_comm") else 1)
+    live = min(whole, 4 * settings.get("stage3_max_live_parameters", 1e9))
+    update = 0 if host else 4 * step.largest_group / N * moments
+    state = {
+        "weights": (whole / N if three else whole, f"4 bytes x all parameters{f' {zero}' * three}: fp32"),
+        "master weights": (0, "the weights themselves" if three else "on the host") if host or three else (share, f"4 bytes x trained {zero}"),
+        "moments": (0, "on the host") if host else (share * moments, f"{4 * moments} bytes x trained {zero}: {config.train.optimizer}"),
+        "gradients": (0 if host else share * (2 if config.train.micro_batches > 1 else 1), f"4 bytes x trained {zero}"),
+    }
+    backward = {
+        "bucket": (bucket, "where gradients are put together to be sent"),
+        "activations": (step.activations, f"of the largest micro-batch: {batch}"),
+    } | ({"gathered": (live, "other ranks' weights that a step has at a time: stage3_max_live_parameters")} if three else {})
+    others = {"other ranks'": (whole * (1 - 1 / N), "all their weights, for a look at dev or a checkpoint")} if three else {}
+    after = {"update": (update, "a copy of the largest group's gradients and the optimiser's temporaries, once activations are gone")}
+    held, *at_once = (sum(value for value, _ in rows.values()) for rows in (state, backward, others, after))
+    peak = {"peak": (device.context * GIB + held + max(at_once), f"with {device.context} GiB of the process; {device.name}: {device.gib:.1f} GiB")}
+    return [Figure("memory", name, value, "GiB", how) for name, (value, how) in (state | backward | others | after | peak).items()]
 
 
 def duration(seconds: float) -> str:
@@ -364,14 +350,9 @@ def _figures(
             micro_batches.append(clips)
             padded, tokens = padded + len(clips) * int(texts[clips].max()), tokens + int(texts[clips].sum())
     balance = float(np.mean([np.mean(w) / max(w) for w in work]))
+    a_step = f"{n / epoch_steps:.1f} clips a step over all ranks, {n / epoch_steps / N:.1f} each"
     yield Figure("data", "clips", n, "", source)
-    yield Figure(
-        "data",
-        "steps",
-        steps,
-        "",
-        f"{epoch_steps:,} an epoch x {steps / epoch_steps:g} epochs, {n / epoch_steps:.1f} clips a step over all ranks, {n / epoch_steps / N:.1f} each",
-    )
+    yield Figure("data", "steps", steps, "", f"{epoch_steps:,} an epoch x {steps / epoch_steps:g} epochs, {a_step}")
     yield Figure("data", "balance", balance, "", "mean over steps of (mean / max over ranks of frames + what a text costs in frames)")
     yield Figure("data", "padding", 1 - tokens / padded, "%", "of target positions")
 
@@ -385,133 +366,60 @@ def _figures(
     trained, frozen = (sum(part[i] for part in step.parts.values()) for i in (0, 1))
     yield Figure("parameters", "trained", trained, "M", ", ".join(f"{part} {t / 1e6:.2f}" for part, (t, _) in step.parts.items() if t))
     yield Figure("parameters", "frozen", frozen, "M", ", ".join(f"{part} {f / 1e6:.2f}" for part, (_, f) in step.parts.items() if f) or "none")
-
     if step.trimmed:
         yield Figure("parameters", "trimmed away", step.trimmed, "M", "words that the training text does not need, left out by flallm trim")
-
-    most = memory(config, step, N, device)
-    zero = f"/ {N} ranks"
-    three = bool(most.gathered)
-    yield Figure("memory", "weights", most.weights, "GiB", f"4 bytes x all parameters{f' {zero}' * three}: fp32")
-    how = f"4 bytes x trained {zero}" if most.master else "the weights themselves" if three else "on the host"
-    yield Figure("memory", "master weights", most.master, "GiB", how)
-    yield Figure(
-        "memory",
-        "moments",
-        most.moments,
-        "GiB",
-        f"{8 if train.optimizer == 'adamw' else 4} bytes x trained {zero}: {train.optimizer}" if most.moments else "on the host",
-    )
-    yield Figure("memory", "gradients", most.gradients, "GiB", f"4 bytes x trained {zero}")
-    yield Figure("memory", "bucket", most.bucket, "GiB", "where gradients are put together to be sent")
-    yield Figure(
-        "memory",
-        "activations",
-        most.activations,
-        "GiB",
-        f"of the largest micro-batch: {len(clips)} clip{'s' * (len(clips) > 1)}, {frames[clips].sum()} used frames, {train.precision}",
-    )
-    if three:
-        yield Figure("memory", "gathered", most.gathered, "GiB", "other ranks' weights that a step has at a time: stage3_max_live_parameters")
-        yield Figure("memory", "other ranks'", most.others, "GiB", "all their weights, for a look at dev or a checkpoint")
-    yield Figure("memory", "update", most.update, "GiB", "a copy of the largest group's gradients and the optimiser's temporaries, once activations are gone")
-    yield Figure("memory", "peak", most.peak, "GiB", f"with {device.context} GiB of the process; {device.name}: {device.gib:.1f} GiB")
+    yield from memory(config, step, N, device, f"{len(clips)} clip{'s' * (len(clips) > 1)}, {frames[clips].sum()} used frames, {train.precision}")
 
     used = float(frames.mean()) * n / epoch_steps / N  # frames of a rank's step
     flops = step.flops / int(frames[clips].sum()) * used
     encoder = f", {step.encoder_flops / step.flops:.0%} of them the encoder's" if step.encoder_flops else ""
     yield Figure("computation", "operations", flops / 1e12, "TFLOP", f"a step and rank, {used:.1f} used frames{encoder}")
-    seconds, how = (
-        n / epoch_steps / (clips_per_s or math.inf),
-        f"{clips_per_s:g} clips/s as given" if clips_per_s else "give the --clips_per_s that were measured",
-    )
+    seconds = n / epoch_steps / (clips_per_s or math.inf)
+    how = f"{clips_per_s:g} clips/s as given" if clips_per_s else "give the --clips_per_s that were measured"
     if device.tflops and not clips_per_s:
         launches = TENSOR * step.tensors * train.micro_batches
         compute = launches + flops / (MFU * device.tflops * 1e12) / balance
-        yield Figure(
-            "computation",
-            "time",
-            compute,
-            "s",
-            f"at {MFU:.0%} of {device.tflops:g} TFLOP/s, on the slowest rank by balance, and {duration(launches)} to launch it: both as on an H100",
-        )
+        how = f"at {MFU:.0%} of {device.tflops:g} TFLOP/s, on the slowest rank by balance, and {duration(launches)} to launch it: both as on an H100"
+        yield Figure("computation", "time", compute, "s", how)
         link, where = 1e9 * (device.node if N <= 8 else device.network), "in the node" if N <= 8 else "a GPU over the network"
         # A ring sends what it reduces once and, for all to have it, once more. ZeRO-3 gathers weights for each pass instead.
-        reduced = (N - 1) / N * (1 if three else 2) * step.reduced * train.micro_batches
-        gathered = (N - 1) / N * 4 * (2 * train.micro_batches * (trained + frozen) if three else trained)
+        three = engine.deepspeed_config(train, device.kind)["zero_optimization"]["stage"] == 3
+        ring, whose, behind = "all-reduce in a ring", "what ranks have updated", "the backward pass, 2/3 of the computation"
+        reduced, gathered = (N - 1) / N * 2 * step.reduced * train.micro_batches, (N - 1) / N * 4 * trained
+        if three:
+            ring, whose, behind = "reduce-scatter", "all, for each forward and each backward pass", "the computation"
+            reduced, gathered = reduced / 2, (N - 1) / N * 4 * 2 * train.micro_batches * (trained + frozen)
         hidden = min((reduced + gathered) / link, compute) if three else min(reduced / link, HIDDEN * compute)
         waits = LATENCY * 2 * step.norms * train.micro_batches * (N > 1) * config.encoder.global_batch_norm
         exposed = (reduced + gathered) / link - hidden + waits
-        yield Figure(
-            "communication",
-            "gradients",
-            reduced,
-            "GB",
-            f"sent by a rank a step: {'reduce-scatter' if three else 'all-reduce in a ring'}, {step.reduced / trained:.1f} bytes a parameter",
-        )
-        yield Figure(
-            "communication",
-            "weights",
-            gathered,
-            "GB",
-            f"sent by a rank a step: all-gather of {'all, for each forward and each backward pass' if three else 'what ranks have updated'}, fp32",
-        )
-        yield Figure(
-            "communication",
-            "hidden",
-            hidden,
-            "s",
-            f"behind {'the computation' if three else 'the backward pass, 2/3 of the computation'}, at {link / 1e9:g} GB/s {where}",
-        )
-        yield Figure(
-            "communication",
-            "exposed",
-            exposed,
-            "s",
-            f"the rest, and {step.norms} BatchNorms over ranks, twice {LATENCY * 1e6:.0f} us each [assumed]",
-        )
+        bytes_each = f"{step.reduced / trained:.1f} bytes a parameter"
+        yield Figure("communication", "gradients", reduced, "GB", f"sent by a rank a step: {ring}, {bytes_each}")
+        yield Figure("communication", "weights", gathered, "GB", f"sent by a rank a step: all-gather of {whose}, fp32")
+        yield Figure("communication", "hidden", hidden, "s", f"behind {behind}, at {link / 1e9:g} GB/s {where}")
+        how = f"the rest, and {step.norms} BatchNorms over ranks, twice {LATENCY * 1e6:.0f} us each [assumed]"
+        yield Figure("communication", "exposed", exposed, "s", how)
         seconds = compute + exposed
         how = f"computation + exposed communication: {n / epoch_steps / seconds:.1f} clips/s"
     if seconds:
         yield Figure("time", "step", seconds, "s", how)
         yield Figure("time", "run", steps * seconds, "s", "all steps; looks at the dev split not counted")
-
-    if not features and seconds:
-        cores = used / seconds * DECODE
-        yield Figure(
-            "reading",
-            "decoding cores",
-            cores,
-            "a GPU",
-            f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/scale.md); data.workers is {config.data.workers}",
-        )
-    if seconds:
+        if not features:
+            how = f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/scale.md); data.workers is {config.data.workers}"
+            yield Figure("reading", "decoding cores", used / seconds * DECODE, "a GPU", how)
         yield Figure("reading", "bytes", clip_bytes * n / epoch_steps / seconds / 1e6, "MB/s", f"by all ranks: {clip_bytes / 1e3:.0f} kB a clip")
 
-    moments = most.moments * N or (8 if train.optimizer == "adamw" else 4) * trained
-    size = 4 * (trained + frozen) + moments
-    blocked = (4 * (trained + frozen) + moments / N) / (SNAPSHOT * 1e9)
-    yield Figure("checkpoints", "size", size, "GiB", "weights and moments, fp32")
-    yield Figure(
-        "checkpoints",
-        "holds up",
-        blocked,
-        "s",
-        f"rank 0 copies all weights and its share at {SNAPSHOT:g} GB/s [assumed]; written behind the steps at {DISK:g} GB/s [assumed] in {duration(size / DISK / 1e9)}",
-    )
+    weights, moments = 4 * (trained + frozen), (8 if train.optimizer == "adamw" else 4) * trained
+    blocked, written = (weights + moments / N) / (SNAPSHOT * 1e9), (weights + moments) / (DISK * 1e9)
+    how = f"rank 0 copies all weights and its share at {SNAPSHOT:g} GB/s [assumed]; written behind the steps at {DISK:g} GB/s [assumed] in {duration(written)}"
+    yield Figure("checkpoints", "size", weights + moments, "GiB", "weights and moments, fp32")
+    yield Figure("checkpoints", "holds up", blocked, "s", how)
     mtbf = MTBF / N * 3600
     best = math.sqrt(2 * blocked * mtbf)
     yield Figure("failures", "mean time between", mtbf, "s", f"{MTBF:,.0f} GPU-hours (Llama 3) / {N}")
     yield Figure("failures", "best interval", best, "s", "sqrt(2 x holds up x mean time between): Young and Daly")
-    given = config.checkpoint.minutes * 60 or best
-    for name, interval in (("lost at best", max(best, size / DISK / 1e9)), ("lost as set", given)):
-        yield Figure(
-            "failures",
-            name,
-            blocked / interval + interval / 2 / mtbf + RESTART / mtbf,
-            "%",
-            f"of the time, a checkpoint every {duration(interval)}: writing + redoing + {RESTART:g} s to start again [assumed]",
-        )
+    for name, interval in (("lost at best", max(best, written)), ("lost as set", config.checkpoint.minutes * 60 or best)):
+        how = f"of the time, a checkpoint every {duration(interval)}: writing + redoing + {RESTART:g} s to start again [assumed]"
+        yield Figure("failures", name, blocked / interval + interval / 2 / mtbf + RESTART / mtbf, "%", how)
 
 
 def advice(figures: list[Figure], device: Device) -> str:

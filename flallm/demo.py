@@ -91,12 +91,6 @@ def _summary(out: Path) -> None:
     for p in longest_first[:: len(predictions) // 5][:5]:
         print(f"  reference   {p['reference']}\n  hypothesis  {p['hypothesis']}\n")
     print("Written:")
-    for what, path in (
-        ("shards", "shards"),
-        ("language model", "llm"),
-        ("stage 1", "stage1"),
-        ("stage 2", "stage2"),
-        ("curves", "stage*/tensorboard"),
-        ("page", "stage2/report.html"),
-    ):
+    names = ("shards", "language model", "stage 1", "stage 2", "curves", "page")
+    for what, path in zip(names, ("shards", "llm", "stage1", "stage2", "stage*/tensorboard", "stage2/report.html")):
         print(f"  {what:15} {out / path}")

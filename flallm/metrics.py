@@ -72,11 +72,6 @@ def scores(hypotheses: Sequence[str], references: Sequence[str], conventions: Se
     return found
 
 
-def score(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> dict:
-    """Every score under one convention."""
-    return scores(hypotheses, references, [convention])[convention]
-
-
 def value(hypotheses: Sequence[str], references: Sequence[str], convention: str, name: str) -> dict:
     """{"value", "ci95"} of one score alone."""
     return measure(metric(convention, name), list(hypotheses), list(references))[0]

@@ -11,6 +11,7 @@ order of an epoch is kept (8 bytes a clip), and the position in a run is the num
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,43 +25,36 @@ TOLERANCE = 0.0195  # by how much a rank's work may be over the mean before clip
 ISLAND = 128  # ranks that exchange clips among each other; a rank works out what its island gets and no more
 
 
+@dataclass(eq=False)
 class Plan:
-    """The steps of a split.
+    """The steps of a split."""
 
-    frames: (clips,) used frames of each clip; texts: (clips,) characters of its text.
-    batch: clips a step, over all ranks and micro-batches. What an epoch has over goes to its steps, one more each, so that `batch` ranks never lack a clip;
-    where it is more than there are steps (fewer than batch² clips), there is a step more and each has some less.
-    batch_frames: the most frames a step, 0 for no limit. It bounds memory: a rank's micro-batch has about batch_frames / (world_size * micro_batches) of them.
-    text_cost: what a character costs in frames. alike: whether a rank gets texts of about one length,
-    which is not to be where BatchNorm's statistics are each rank's own: one would know short sentences only, another long ones.
-    pool: steps whose clips are sorted by length together; 1 leaves them random, 2 makes steps of short clips and steps of long ones.
-    """
+    frames: np.ndarray  # (clips,) used frames of each clip
+    texts: np.ndarray  # (clips,) characters of its text
+    # Clips a step, over all ranks and micro-batches. What an epoch has over goes to its steps, one more each, so that `batch` ranks never lack a clip; where it
+    # is more than there are steps (fewer than batch² clips), there is a step more and each has some less.
+    batch: int
+    micro_batches: int
+    world_size: int
+    seed: int
+    batch_frames: int = 0  # the most frames a step, 0: no limit. It bounds memory: a rank's micro-batch has about batch_frames / (world_size * micro_batches)
+    text_cost: float = 0.0  # what a character costs in frames
+    # Whether a rank gets texts of about one length, which is not to be where BatchNorm's statistics are each rank's own: one would know short sentences only,
+    # another long ones.
+    alike: bool = True
+    pool: int = 1  # steps whose clips are sorted by length together; 1 leaves them random, 2 makes steps of short clips and steps of long ones
 
-    def __init__(
-        self,
-        frames: np.ndarray,
-        texts: np.ndarray,
-        batch: int,
-        micro_batches: int,
-        world_size: int,
-        seed: int,
-        batch_frames: int = 0,
-        text_cost: float = 0.0,
-        alike: bool = True,
-        pool: int = 1,
-    ):
-        self.frames, self.texts = frames, texts
-        self.batch, self.micro_batches, self.world_size, self.seed = batch, micro_batches, world_size, seed
-        self.batch_frames, self.text_cost, self.alike, self.pool = batch_frames, text_cost, alike, pool
+    def __post_init__(self):
+        frames, batch, micro_batches, world_size = self.frames, self.batch, self.micro_batches, self.world_size
         self._islands = -(-world_size // ISLAND)
         self._island = np.arange(world_size) * self._islands // world_size  # of each rank
         place = np.arange(world_size) * self._islands % world_size  # islands take turns, forth and back, so that none is ahead
         self._deal = np.concatenate([turn := self._island[np.argsort(place, kind="stable")], turn[::-1]])
         self._epoch: int | None = None
         least = 2 * world_size * micro_batches * int(frames.max(initial=0))  # then every step has clips for all, however lengths fall
-        if batch_frames and batch_frames < least:
+        if self.batch_frames and self.batch_frames < least:
             raise UserError(
-                f"train.batch_frames: {batch_frames} is too small: {world_size} ranks x {micro_batches} micro-batches x twice the longest clip are {least}"
+                f"train.batch_frames: {self.batch_frames} is too small: {world_size} ranks x {micro_batches} micro-batches x twice the longest clip are {least}"
             )
         whole, over = divmod(len(frames), batch)
         self._steps = whole if over <= whole else whole + 1  # without batch_frames

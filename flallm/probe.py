@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import torch
-from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from flallm import UserError, make_folder, metrics, write_whole
 from flallm.engine import Ranks
@@ -85,32 +85,25 @@ class MeanFeature:
     def __init__(self, model: Translator):
         self.model, self.sum, self.count = model, 0.0, 0
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self) -> RemovableHandle:
+        """A context."""
+
         def add(_, inputs: tuple[torch.Tensor]) -> None:
             (features,) = inputs  # (F, C)
             self.sum, self.count = self.sum + features.double().sum(0).cpu(), self.count + len(features)
 
-        with self._hook(add):
-            yield
+        return self.model.adapter.register_forward_pre_hook(add)
 
     @contextmanager
     def put_in(self, ranks: Ranks) -> Iterator[None]:
         width = self.model.adapter[0].in_features
         *total, count = ranks.sum(*(self.sum.tolist() if self.count else [0.0] * width), self.count)
         mean = torch.tensor(total, device=ranks.device) / count
-        others = [self.model.words] if self.model.input == "words" else []  # which sees what the adapter sees
-        with self._hook(lambda _, inputs: (mean.to(inputs[0]).expand_as(inputs[0]),), *others):
+        readers = [self.model.adapter] + [self.model.words] * (self.model.input == "words")  # which see the same
+        with ExitStack() as hooks:
+            for reader in readers:
+                hooks.enter_context(reader.register_forward_pre_hook(lambda _, inputs: (mean.to(inputs[0]).expand_as(inputs[0]),)))
             yield
-
-    @contextmanager
-    def _hook(self, hook: Callable, *others: nn.Module) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(hook) for module in (self.model.adapter, *others)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _judge(said: dict[str, list[str]], right: list[Prediction], convention: str) -> dict:

@@ -25,7 +25,7 @@ import yaml
 from markupsafe import Markup
 from sacrebleu.metrics import CHRF
 
-from flallm import UserError, compare, engine, metrics, results, write_whole
+from flallm import UserError, engine, metrics, results, write_whole
 from flallm import config as cfg
 from flallm.evaluate import load_run
 from flallm.loader import Clips
@@ -67,7 +67,7 @@ def report(run: Path, split: str, clips: int) -> Path:
     """Writes report.html of a run folder. clips: how many sentences of the split come with their clip."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
-    config, notes = compare.flat(cfg.read_yaml(run / "config.yaml")), []
+    config, notes = cfg.flat(cfg.read_yaml(run / "config.yaml")), []
     sentences = _sentences(run, split, str(config.get("convention", "raw")), notes)
     others = sorted(path.stem for path in (run / "predictions").glob("*.jsonl"))
     if not sentences and others:
@@ -83,7 +83,7 @@ def report(run: Path, split: str, clips: int) -> Path:
         "config": config,
         "differs": _differs(config),
         "command": _text(run / "command.txt"),
-        "environment": compare.flat(_json(run / "environment.json")),
+        "environment": cfg.flat(_json(run / "environment.json")),
         "scores": scores,
         "convention": config.get("convention", "raw"),
         "published": _published(str(config.get("name")) if corpus in FORMS else corpus, split, scores),
@@ -289,7 +289,7 @@ def _differs(config: dict[str, object]) -> dict[str, object] | None:
     name, stage = config.get("name"), config.get("stage")
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or stage not in cfg.STAGES or not (HERE / f"recipes/{name}.yaml").is_file():
         return None
-    recipe = compare.flat(yaml.safe_load(cfg.dump(cfg.load(name, stage))))
+    recipe = cfg.flat(yaml.safe_load(cfg.dump(cfg.load(name, stage))))
     return {field: recipe.get(field, "(not there)") for field in recipe | config if recipe.get(field, "(not there)") != config.get(field, "(not there)")}
 
 

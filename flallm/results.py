@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from flallm import UserError
-from flallm.corpora import existing
+from flallm.corpora import existing, read_text
 from flallm.corpora.labels import read_plain_pickle
 
 FIELDS = {"hypothesis": ("hypothesis", "txt_hyp"), "reference": ("reference", "txt_ref")}  # ours, and results.pkl of MMTLB and TwoStream-SLT
@@ -55,10 +55,7 @@ def _rows(path: Path) -> list[tuple[str | None, object]]:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file. The newline at its end begins no further one; what else Unicode calls a line break belongs to a sentence."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {error.object[: error.start].count(10) + 1}: not UTF-8 text ({error.reason})") from None
+    text = read_text(path, "a file of sentences was expected there")
     if "\0" in text:
         raise UserError(f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a zero byte: is it UTF-16? UTF-8 text is needed")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -265,15 +266,12 @@ class Log:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.state.step]  # the last may be half a line
         write_whole(path, "".join(f"{line}\n" for line in kept))
 
-    def waiting(self) -> Log:
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
         """A context whose time counts as waiting for data."""
-        return self
-
-    def __enter__(self) -> None:
-        self._entered = time.monotonic()
-
-    def __exit__(self, *_) -> None:
-        self.timers["waiting"] += time.monotonic() - self._entered
+        began = time.monotonic()
+        yield
+        self.timers["waiting"] += time.monotonic() - began
 
     def is_due(self) -> bool:
         """Whether this step is one that is written down."""

@@ -40,23 +40,10 @@ def used_frames(num_frames: np.ndarray, stride: int, max_frames: int) -> np.ndar
     return np.minimum(-(-num_frames // stride), -(-max_frames // stride)).astype(np.int32)
 
 
-def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_frames: int | None = None, squeeze: bool = True) -> np.ndarray:
-    """The used frames of a video, squeezed to (N, size, size, 3); without `squeeze` as they are if they are not much larger. With `num_frames` known, no other frame is looked at, and
-    those that nothing depends on are not even decoded. Raises OSError, ValueError or av.FFmpegError for what is no such video."""
-    if num_frames is not None:
-        return _decode_at(source, size, positions(num_frames, stride, max_frames), stride, squeeze)
-    kept, scaler = [], VideoReformatter()
-    with open_video(source) as container:
-        for i, frame in enumerate(upright(container.decode(video=0))):
-            if i % stride == 0:
-                kept.append(to_array(frame, size, size, scaler))
-    if not kept:
-        raise ValueError("holds no frame")
-    return np.stack(kept)[positions(stride * len(kept), stride, max_frames) // stride]
-
-
-def _decode_at(source: bytes | str, size: int, wanted: np.ndarray, stride: int, squeeze: bool) -> np.ndarray:
-    frames, scaler, found = None, VideoReformatter(), 0
+def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_frames: int, squeeze: bool = True) -> np.ndarray:
+    """The used frames of a video of `num_frames`, squeezed to (N, size, size, 3); without `squeeze` as they are if they are not much larger. No other frame is
+    looked at, and those that nothing depends on are not even decoded. Raises OSError, ValueError or av.FFmpegError for what is no such video."""
+    wanted, frames, scaler, found = positions(num_frames, stride, max_frames), None, VideoReformatter(), 0
     with open_video(source) as container:
         stream = container.streams.video[0]
         # Frames that are skipped do not count, so then the position comes from the time; all frames of such a file are evenly spaced.

@@ -42,7 +42,7 @@ def test_score_prints_the_contract_for_text_and_for_a_runs_predictions(tmp_path,
     result = flallm("score", "hyp.txt", "ref.txt", "--convention=raw", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     raw = json.loads(result.stdout)
-    assert raw == metrics.score(HYPOTHESES, REFERENCES, "raw") and raw["num_samples"] == 3
+    assert raw == metrics.scores(HYPOTHESES, REFERENCES, ["raw"])["raw"] and raw["num_samples"] == 3
     assert {"bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "rouge_l_slrt", "chrf", "wer", "signature", "num_samples", "references_sha256"} <= raw.keys()
     every = json.loads(flallm("score", "predictions.jsonl", "--convention", "all", cwd=tmp_path).stdout)
     assert list(every) == ["raw", "13a", "csl-daily", "zh", "lower"] and every["raw"] == raw

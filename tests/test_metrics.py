@@ -38,7 +38,7 @@ def value(name, hypotheses, references, convention="raw"):
 
 def test_figures_worked_out_by_hand():
     """BLEU-1 raw: 5 + 3 matches of 6 + 4 tokens, 6 + 4 + 2 in the references: 100 * 8/10 * exp(1 - 12/10)."""
-    scores = metrics.score(HYPOTHESES, REFERENCES, "raw")
+    scores = metrics.scores(HYPOTHESES, REFERENCES, ["raw"])["raw"]
     assert scores["bleu1"]["value"] == pytest.approx(100 * 0.8 * 2.718281828459045 ** (1 - 12 / 10))
     # LCS 5 of 6 and 6; 3 of 4 and 4; 0: with equal lengths F is the share itself, whatever the beta.
     for name in ("rouge_l", "rouge_l_slrt"):
@@ -62,7 +62,7 @@ def test_figures_worked_out_by_hand():
 )
 def test_agrees_with_plain_calls_of_sacrebleu(convention, corpus, prepare, arguments):
     """BLEU-n from sacreBLEU's BLEU-4: its brevity penalty and the geometric mean of its first n precisions."""
-    scores = metrics.score(*sides(corpus), convention)
+    scores = metrics.scores(*sides(corpus), [convention])[convention]
     hypotheses, references = ([prepare(text) for text in side] for side in sides(corpus))
     theirs = sacrebleu.corpus_bleu(hypotheses, [references], **arguments)
     assert 0 < theirs.score < 100
@@ -79,7 +79,7 @@ def test_intervals_are_those_the_sacrebleu_command_prints(tmp_path):
         (tmp_path / name).write_text("\n".join(side) + "\n")
     command = [sys.executable, "-m", "sacrebleu", "references", "-i", "hypotheses", "-m", "bleu", "chrf", "ter", "--confidence", "-w", "6", "--force"]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
-    ours = metrics.score(*sides(GERMAN * 10), "13a")
+    ours = metrics.scores(*sides(GERMAN * 10), ["13a"])["13a"]
     for name, theirs in zip(("bleu4", "chrf", "ter"), json.loads(printed), strict=True):
         assert ours[name]["value"] == pytest.approx(theirs["score"], abs=1e-6)
         mean, half = theirs["confidence_mean"], theirs["confidence_var"]

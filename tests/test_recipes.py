@@ -74,9 +74,8 @@ def tags(recipe: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_every_number_of_a_recipe_of_the_paper_has_its_source_beside_it(name):
-    found = tags(RECIPES / f"{name}.yaml")
+def test_every_number_of_the_papers_recipes_has_its_source_beside_it():
+    found = tags(RECIPES / "phoenix14t.yaml")
     for tag, values in (("P", STATED), ("I", PRACTICE)):
         for stage, fields in values.items():
             for field in fields:
@@ -85,6 +84,29 @@ def test_every_number_of_a_recipe_of_the_paper_has_its_source_beside_it(name):
     checked = {field for values in (STATED, PRACTICE) for fields in values.values() for field in fields}
     free = {"data.shards", "data.workers", "data.augment", "decode.batch", "llm.language"}
     assert {field for _, field in found if "." in field and not field.endswith(".")} - checked - free == set()
+    for name in PAPER[1:]:  # and these have no number of their own
+        own = cfg.read_yaml(RECIPES / f"{name}.yaml")
+        assert own.pop("base") == "phoenix14t" and own.keys() <= {"name", "convention", "data", "llm"}
+        assert own["data"].keys() == {"shards"} and own["llm"].keys() == {"language"}
+
+
+def test_a_recipe_has_what_its_base_has_and_its_own_fields(tmp_path):
+    (tmp_path / "ours.yaml").write_text("base: csl-daily\nname: ours\ndata: {augment: {rotate: 5}}\nstage2: {epochs: 3}\n")
+    (tmp_path / "more.yaml").write_text("base: ours.yaml\nllm: {path: mine}\n")  # beside it, wherever the command runs
+    for stage in cfg.STAGES:
+        base, ours, more = (cfg.flat(cfg.load(str(name), stage)) for name in ("csl-daily", tmp_path / "ours.yaml", tmp_path / "more.yaml"))
+        differ = {"name": "ours", "data.augment.rotate": 5} | ({"train.epochs": 3} if stage == "stage2" else {})
+        assert ours == base | differ and more == ours | {"llm.path": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("base", "said"), [("a.yaml", "b.yaml: its base leads back to itself"), ("nosuch", "a.yaml: base: no recipe 'nosuch'"), ("[1]", "no recipe '\\[1\\]'")]
+)
+def test_a_base_that_is_none_is_refused(tmp_path, base, said):
+    (tmp_path / "a.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(cfg.UserError, match=said.replace("b.yaml: its", "a.yaml: its")):
+        cfg.load(str(tmp_path / "b.yaml"), "stage1")
 
 
 # Tables 4 to 10 of the paper: BLEU-4, and with more than one number ROUGE-L, BLEU-1 to BLEU-4, or BLEU-4 and hours.

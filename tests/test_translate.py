@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from every_frame import every_frame
 
 from flallm import UserError, engine, translate, video
 from flallm import config as cfg
@@ -59,7 +60,7 @@ def test_videos_in_batches_have_the_sentences_they_have_alone(run, loaded):
 def test_confidence_is_the_geometric_mean_of_the_probabilities_of_the_tokens(run, loaded):
     model, config = loaded
     (one,) = translate.translate(model, config, [str(run / "0.mp4")], CPU)
-    frames = video.centre_crop(video.decode(str(run / "0.mp4"), config.data.resize, config.data.stride, config.data.max_frames), config.data.crop)
+    frames = video.centre_crop(every_frame(str(run / "0.mp4"), config.data.resize, config.data.stride, config.data.max_frames), config.data.crop)
     ids = model.text.encode(one.text)
     with torch.no_grad():
         signs = model.encoder(torch.from_numpy(np.ascontiguousarray(frames)), torch.tensor([len(frames)]))
@@ -74,7 +75,7 @@ def test_confidence_is_the_geometric_mean_of_the_probabilities_of_the_tokens(run
 def test_stretches_of_a_video_hold_its_frames_of_that_time(run, loaded, cut):
     _, config = loaded
     path = str(run / "0.mp4")
-    every = video.decode(path, config.data.resize, 1, 10_000)
+    every = every_frame(path, config.data.resize, 1, 10_000)
     found = list(translate._clips(path, cut.get("segments"), cut.get("window", 0.0), config))
     assert len(found) == (3 if "segments" in cut else -(-len(every) // 12))
     for one, frames in found:
@@ -85,7 +86,7 @@ def test_stretches_of_a_video_hold_its_frames_of_that_time(run, loaded, cut):
 def test_a_video_is_brought_to_the_frame_rate_that_make_shards_brought_the_clips_to(run, loaded, tmp_path):
     _, config = loaded
     assert config.data.fps == 25
-    every = video.decode(str(run / "0.mp4"), config.data.resize, 1, 10_000)
+    every = every_frame(str(run / "0.mp4"), config.data.resize, 1, 10_000)
     for rate, name in ((25, "25.mp4"), (50, "50.mp4"), (100, "100.mp4"), (50, "50.mkv")):  # the last says that it has 1,000 frames a second
         with av.open(str(tmp_path / name), "w") as container:
             stream = container.add_stream("libx264rgb", 1000 if "mkv" in name else rate, {"crf": "0", "bf": "0"})

@@ -7,14 +7,13 @@ glossed_bleu4 is an upper bound, from gold signs to text: what would be translat
 text: what a language model says that knows the sentences and sees no video. Both fine-tune the language model of stage 2 on train and score test.
 """
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from fire.decorators import SetParseFn
+from bench import figure
 
 from flallm import cli, metrics
 from flallm.corpora import synthetic
@@ -70,7 +69,6 @@ def bleu4(train: list[tuple[str, str]], test: list[tuple[str, str]], llm: str, s
     return metrics.bleu4(said, [text for _, text in test], "raw")
 
 
-@SetParseFn(str)
 def card(shards: str, llm: str, *, steps: str = "800") -> cli.Job:
     """Prints both bounds.
 
@@ -83,15 +81,13 @@ def card(shards: str, llm: str, *, steps: str = "800") -> cli.Job:
 
     def work() -> None:
         train, test = rows(shards, "train"), rows(shards, "test")
-        for figure, blind in (("glossed_bleu4", False), ("blind_bleu4", True)):
+        for name, blind in (("glossed_bleu4", False), ("blind_bleu4", True)):
             pairs = [[("" if blind else gloss, text) for gloss, text in part] for part in (train, test)]
-            value = bleu4(*pairs, llm, number)
-            print(json.dumps({"figure": figure, "value": round(value, 2), "unit": "BLEU-4", "detail": f"{len(test)} sentences, {number} steps"}), flush=True)
+            figure(name, round(bleu4(*pairs, llm, number), 2), "BLEU-4", f"{len(test)} sentences, {number} steps")
 
     return cli.Job(work)
 
 
-@SetParseFn(str)
 def dials(llm: str, *, steps: str = "800") -> cli.Job:
     """Prints the upper bound of bench, and with one dial after the other at the demo's value. Sentences are drawn, nothing is rendered.
 
@@ -110,9 +106,8 @@ def dials(llm: str, *, steps: str = "800") -> cli.Job:
             train, test = ([(" ".join(glosses).lower(), text) for glosses, text in drawn[split]] for split in ("train", "test"))
             signs, words = (sum(len(pair[i].split()) for pair in test) / len(test) for i in (0, 1))
             detail = f"{len(test)} sentences of {signs:.1f} signs and {words:.1f} words, {number} steps"
-            value = bleu4(train, test, llm, number)
             said = ",".join(f"{name}={value}" for name, value in back.items())
-            print(json.dumps({"figure": "glossed_bleu4", "dials": said, "value": round(value, 2), "unit": "BLEU-4", "detail": detail}), flush=True)
+            figure("glossed_bleu4", round(bleu4(train, test, llm, number), 2), "BLEU-4", detail, dials=said)
 
     return cli.Job(work)
 

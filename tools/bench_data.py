@@ -9,8 +9,6 @@ import contextlib
 import io
 import json
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ import av
 import cv2
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
+from bench import figure, main, peak_bytes
 from PIL import Image
 
 from flallm import video
@@ -33,10 +32,6 @@ from flallm.shards import COLUMNS, Shards, _save, make_shards
 
 HEIGHT, WIDTH = 260, 210  # PHOENIX14T's frames
 CLIPS, ROUNDS = 96, 3
-
-
-def say(figure: str, value: float, unit: str, detail: str) -> None:
-    print(json.dumps({"figure": figure, "value": round(float(value), 4), "unit": unit, "detail": detail}), flush=True)
 
 
 @dataclass(frozen=True)
@@ -118,18 +113,19 @@ def median(pairs: list[tuple[float, float]]) -> float:
     return float(np.median([a / b for a, b in pairs]))
 
 
-def speed(corpus: Corpus) -> None:
+def speed(folder: Path) -> None:
+    corpus = Corpus(folder)
     runs = [(corpus.loader(1), corpus.loader(1, epoch=None), corpus.loader(2), corpus.raw(), corpus.png()) for _ in range(ROUNDS)]
     one, plain, two, raw, png = (np.median([r[i] for r in runs]) for i in range(5))
     used = corpus.clips.used.mean()
-    say(
+    figure(
         "loader_vs_raw",
         median([(r[0], r[3]) for r in runs]),
         "ratio",
         f"{one:.1f} clips/s with augmentation, {plain:.1f} without, bare PyAV {raw:.1f}; {used:.1f} used frames a clip",
     )
-    say("shards_vs_png_path", median([(r[0], r[4]) for r in runs]), "ratio", f"{one:.1f} clips/s from shards, {png:.1f} from PNGs of {WIDTH}x{HEIGHT}")
-    say(
+    figure("shards_vs_png_path", median([(r[0], r[4]) for r in runs]), "ratio", f"{one:.1f} clips/s from shards, {png:.1f} from PNGs of {WIDTH}x{HEIGHT}")
+    figure(
         "two_workers",
         median([(r[2], r[0]) for r in runs]),
         "ratio",
@@ -137,7 +133,7 @@ def speed(corpus: Corpus) -> None:
     )
     psnr = 10 * np.log10(255**2 / np.mean(corpus.squared_error))
     size = sum(corpus.clips.shards.shard_bytes)
-    say(
+    figure(
         "bytes_vs_png",
         size / corpus.png_bytes,
         "ratio",
@@ -151,7 +147,7 @@ def lengths(clips: int) -> tuple[np.ndarray, np.ndarray]:
     return video.used_frames(frames, 4, 300), texts
 
 
-def balance() -> None:
+def balance(_: Path) -> None:
     frames, texts = lengths(7096)
     padding = {}
     for ranks in (8, 64, 256):
@@ -167,14 +163,14 @@ def balance() -> None:
                 means.append(frames[np.concatenate(parts)].mean())
         padding[ranks] = 1 - tokens / padded
         strays = np.std(means) / (frames.std() / np.sqrt(8 * ranks))
-        say(
+        figure(
             f"balance_{ranks}",
             np.mean(shares),
             "share",
             f"worst step {np.min(shares):.3f}; the mean length of a step strays {strays:.2f} times as much as that of random clips",
         )
     detail = ", ".join(f"{ranks} ranks {share:.3f}" for ranks, share in padding.items())
-    say("text_padding", padding[64], "share", f"8 clips a rank: {detail}; clips dealt out at random have about 0.46")
+    figure("text_padding", padding[64], "share", f"8 clips a rank: {detail}; clips dealt out at random have about 0.46")
 
 
 def ten_million(folder: Path) -> None:
@@ -183,8 +179,8 @@ def ten_million(folder: Path) -> None:
     began = time.perf_counter()
     plan = Plan(frames, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"])
     mine = sum(len(plan.rank_step(0, step, 5)[0]) for step in range(plan.steps(0)))
-    say("plan_10m_seconds", time.perf_counter() - began, "s", f"{plan.steps(0)} steps of {ranks} ranks, {mine} clips of rank 5")
-    say("plan_10m_gib", peak_bytes() / 2**30, "GiB", "peak of the whole process, this corpus' arrays included")
+    figure("plan_10m_seconds", time.perf_counter() - began, "s", f"{plan.steps(0)} steps of {ranks} ranks, {mine} clips of rank 5")
+    figure("plan_10m_gib", peak_bytes() / 2**30, "GiB", "peak of the whole process, this corpus' arrays included")
     del plan
 
     # An index of ten million rows over one real shard.
@@ -200,11 +196,7 @@ def ten_million(folder: Path) -> None:
     plan = Plan(opened.used, opened.shards.index["text_length"], 8 * ranks, 1, ranks, 0)
     group = next(training_groups(plan, 5, 3 * plan.steps(0) + 700, 10**6))
     opened.shards.read(group[0][1])
-    say("resume_10m_seconds", time.perf_counter() - began, "s", "index opened, epoch 3 planned, step 700, the first clip's bytes read")
-
-
-def peak_bytes() -> int:
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    figure("resume_10m_seconds", time.perf_counter() - began, "s", "index opened, epoch 3 planned, step 700, the first clip's bytes read")
 
 
 def all_bytes() -> int:
@@ -229,7 +221,7 @@ def growth(folder: Path) -> None:
     for i, _batch in enumerate(batches(clips, Words(), groups, 2), 1):
         if i in (200, 2000):
             sizes[i] = all_bytes()
-    say(
+    figure(
         "loader_rss_growth",
         sizes[2000] / sizes[200],
         "ratio",
@@ -237,7 +229,7 @@ def growth(folder: Path) -> None:
     )
 
 
-def sources() -> None:
+def sources(_: Path) -> None:
     """Frames a second on one core from 720p, and from shards, all frames and every 4th."""
     from flallm.encode import encode
 
@@ -259,25 +251,8 @@ def sources() -> None:
 
     for name, data in (("720x720", large), ("256x256", small)):
         detail = f"source frames a second, one thread; decoding alone without any scaling: {rate(data, everything, n):.0f}"
-        say(f"frames_per_s_{name}", rate(data, lambda d: video.decode(d, 256, 4, 10**6, n), n), "frames/s", detail)
-
-
-def main() -> None:
-    wanted = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        parts = {
-            "balance": balance,
-            "ten_million": lambda: ten_million(folder),
-            "speed": lambda: speed(Corpus(folder)),
-            "growth": lambda: growth(folder),
-            "sources": sources,
-        }
-        if unknown := set(wanted) - parts.keys():
-            sys.exit(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
-        for part in wanted or parts:
-            parts[part]()
+        figure(f"frames_per_s_{name}", rate(data, lambda d: video.decode(d, 256, 4, 10**6, n), n), "frames/s", detail)
 
 
 if __name__ == "__main__":
-    main()
+    main({f.__name__: f for f in (balance, ten_million, speed, growth, sources)})

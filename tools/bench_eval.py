@@ -16,11 +16,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench import figure
+
 SENTENCES = 2500
-
-
-def say(figure: str, value: float, unit: str, detail: str) -> None:
-    print(json.dumps({"figure": figure, "value": round(value, 3), "unit": unit, "detail": detail}), flush=True)
 
 
 def score(_: Path) -> None:
@@ -36,7 +34,7 @@ def score(_: Path) -> None:
     found = metrics.scores(hypotheses, references)
     seconds = time.perf_counter() - began
     length = sum(len(r.split()) for r in references) / len(references)
-    say(
+    figure(
         "score_seconds",
         seconds,
         "s",
@@ -53,8 +51,8 @@ def evaluate(demo: Path) -> None:
             engine.launch(_decode, ranks, demo / "stage2", Path(folder) / f"{ranks}.json")
         one, two = (json.loads((Path(folder) / f"{ranks}.json").read_text()) for ranks in (1, 2))
     batch = one["batch"]
-    say("evaluate_batch_ratio", one["many"] / one["single"], "ratio", f"{one['many']:.1f} clips/s at batch {batch}, {one['single']:.1f} one by one")
-    say(
+    figure("evaluate_batch_ratio", one["many"] / one["single"], "ratio", f"{one['many']:.1f} clips/s at batch {batch}, {one['single']:.1f} one by one")
+    figure(
         "evaluate_two_ranks",
         two["many"] / one["many"],
         "ratio",
@@ -97,9 +95,9 @@ def page(demo: Path) -> None:
             found = tab.locator("#list > li:visible").count()
             opened.append(time.perf_counter() - start)
         sentences = tab.locator("#list > li").count()
-    say("report_mb", path.stat().st_size / 1e6, "MB", f"{sentences} sentences, 24 clips")
-    say("report_build_seconds", seconds, "s", "scores, clips, attention, page")
-    say("report_open_seconds", statistics.median(opened), "s", f"in Chromium, until a search has shown its {found} sentences")
+    figure("report_mb", path.stat().st_size / 1e6, "MB", f"{sentences} sentences, 24 clips")
+    figure("report_build_seconds", seconds, "s", "scores, clips, attention, page")
+    figure("report_open_seconds", statistics.median(opened), "s", f"in Chromium, until a search has shown its {found} sentences")
 
 
 FIGURES = {"score": score, "evaluate": evaluate, "page": page}

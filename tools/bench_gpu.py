@@ -92,7 +92,7 @@ def steps(out: Path, names: Iterable[str] = CASES) -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             there = pool.apply_async(measured, (config, text, lengths, features, not name.endswith("_any_order")))
             dry = cost.dry_step(config, text, lengths, TOKENS, features, "cuda")
-            planned = cost.memory(config, dry, 1, card()).peak
+            planned = cost.memory(config, dry, 1, card())[-1].value
             try:
                 seconds, allocated, reserved, context = there.get()
             except RuntimeError as error:

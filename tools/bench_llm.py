@@ -12,12 +12,12 @@ import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from bench import figure, main, peak_bytes, small_llm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, MBartConfig
 
 from flallm import config as cfg
@@ -27,21 +27,16 @@ from flallm.encode import Options
 from flallm.features import features
 from flallm.loader import Batch, Clips, batches
 from flallm.model.translator import Translator
-from flallm.pretrain import pretrain
 from flallm.shards import make_shards
 from flallm.text import Text
 from flallm.train import take_encoder, train
-
-
-def figure(name: str, value: float, unit: str, detail: str) -> None:
-    print(json.dumps({"figure": name, "value": round(value, 4), "unit": unit, "detail": detail}), flush=True)
 
 
 def features_vs_video(out: Path) -> None:
     """Clips/s of stage-2 steps of 16 clips (the demo's, a rank), reading included, with the paper's encoder at 224 pixels and the demo's language model."""
     said, sys.stdout = sys.stdout, sys.stderr
     make_shards(synthetic.clips(train=48, dev=1, test=0), out / "shards", Options(), {"name": "synthetic"})
-    pretrain([text for _, text in synthetic.sentences("text", 3000)], out / "llm", layers=3, width=192, heads=4, steps=2)
+    small_llm(out / "llm", layers=3, width=192, heads=4, steps=2)
     encoder = {"encoder.stem": 64, "encoder.widths": [64, 128, 256, 512], "encoder.depths": [2, 2, 2, 2], "encoder.channels": 1024}
     settings = {"llm.path": str(out / "llm"), "data.resize": 256, "data.crop": 224, "data.workers": 1, "train.batch": 2, "train.steps": 1, **encoder}
     video = cfg.load("demo", "stage1", settings | {"data.shards": str(out / "shards")})
@@ -82,7 +77,7 @@ def plan_memory_error(out: Path) -> None:
         MBartConfig(**shape).save_pretrained(out)
         config = cfg.load("phoenix14t", stage, {"llm.path": str(out), "train.precision": precision, "encoder.weights": "none"})
         text = cost.Words(shape["vocab_size"])
-        planned = cost.memory(config, cost.dry_step(config, text, lengths, 30), 1, cost.here(1)).peak
+        planned = cost.memory(config, cost.dry_step(config, text, lengths, 30), 1, cost.here(1))[-1].value
         measured, _ = _alone(_peak, config, text, lengths)
         errors.append(abs(planned - measured) / measured)
         detail.append(f"{stage} {precision} {planned / 2**30:.2f} planned, {measured / 2**30:.2f} measured")
@@ -100,8 +95,7 @@ def _peak(config: cfg.Config, text: cost.Words, lengths: list[int], features: bo
         engine.train_step(zero2, [Batch(frames, torch.tensor(lengths), torch.full((len(lengths), 30), text.end), [], [], [])], ranks)
         seconds.append(time.monotonic() - began)
     engine.leave()
-    peak = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    return peak, min(seconds)
+    return peak_bytes(), min(seconds)
 
 
 def _alone(function, *arguments):
@@ -150,7 +144,8 @@ def lora(out: Path) -> None:
 
 def beam(out: Path) -> None:
     """Clips/s of beam-5 decoding by the demo's language model, 20 tokens each, at batch 16 and one by one."""
-    config = _decoding(out)
+    small_llm(out / "llm", layers=3, width=192, heads=4, steps=2)
+    config = cfg.load("demo", "stage2", {"llm.path": str(out / "llm"), "decode.max_tokens": 20})
     text = Text(config.llm)
     model = Translator(config, text).eval()
     batch = Batch(torch.randn(16 * 12, config.encoder.channels), torch.full((16,), 12), torch.zeros(16, 1, dtype=torch.long), [], [], [])
@@ -167,24 +162,9 @@ def beam(out: Path) -> None:
     figure("beam_batch_ratio", many / one, "ratio", f"{many:.1f} clips/s at batch 16, {one:.1f} one by one; 12 features a clip, 20 tokens, beam 5")
 
 
-def _decoding(out: Path) -> cfg.Config:
-    said, sys.stdout = sys.stdout, sys.stderr
-    pretrain([text for _, text in synthetic.sentences("text", 3000)], out / "llm", layers=3, width=192, heads=4, steps=2)
-    sys.stdout = said
-    return cfg.load("demo", "stage2", {"llm.path": str(out / "llm"), "decode.max_tokens": 20})
-
-
 FIGURES = {"features_vs_video": features_vs_video, "plan_memory_error": plan_memory_error, "trimmed": trimmed, "lora": lora, "beam": beam}
 
 
-def main(names: list[str]) -> None:
-    if unknown := set(names) - FIGURES.keys():
-        sys.exit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
-    for name in names or FIGURES:
-        with tempfile.TemporaryDirectory() as folder:
-            FIGURES[name](Path(folder))
-    engine.leave()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(FIGURES)
+    engine.leave()

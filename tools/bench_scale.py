@@ -6,12 +6,12 @@ python tools/bench_scale.py efficiency        # one JSON object a line
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 
 import numpy as np
 import torch
+from bench import figure
 
 from flallm import config as cfg
 from flallm import cost
@@ -51,7 +51,7 @@ def efficiency() -> None:
     seconds = np.array([min(_seconds(model, int(n)) for _ in range(3)) for n in frames])
     b, a = np.polyfit(frames, seconds, 1)
     scatter = (seconds / (a + b * frames))[frames >= 20]
-    _say(
+    figure(
         "cost_fit_r2",
         np.corrcoef(frames, seconds)[0, 1] ** 2,
         "ratio",
@@ -65,7 +65,7 @@ def efficiency() -> None:
             (parts,) = plan.step(0, step)
             work = np.array([a + b * lengths[clips].sum() for clips in parts]) * rng.choice(scatter, ranks)
             shares.append(work.mean() / work.max())
-        _say(
+        figure(
             f"parallel_efficiency_{ranks}",
             np.mean(shares),
             "ratio",
@@ -80,10 +80,6 @@ def _seconds(model: Translator, frames: int) -> float:
     began = time.process_time()
     model(Batch(video, torch.tensor([frames]), labels, [], [], []))[0].backward()
     return time.process_time() - began
-
-
-def _say(figure: str, value: float, unit: str, detail: str) -> None:
-    print(json.dumps({"figure": figure, "value": round(float(value), 4), "unit": unit, "detail": detail}), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bench import chosen, figure, small_llm
 
 from flallm import config as cfg
 from flallm import engine
@@ -29,16 +30,11 @@ from flallm.corpora import synthetic
 from flallm.encode import Options
 from flallm.loader import Batch
 from flallm.model.translator import Translator
-from flallm.pretrain import pretrain
 from flallm.shards import make_shards
 from flallm.text import Text
 from flallm.train import train
 
 RANKS = 2
-
-
-def figure(name: str, value: float, unit: str, detail: str) -> None:
-    print(json.dumps({"figure": name, "value": round(value, 4), "unit": unit, "detail": detail}), flush=True)
 
 
 def load(out: Path, **overrides) -> cfg.Config:
@@ -243,23 +239,16 @@ FIGURES = {
 }
 
 
-def main(names: list[str]) -> None:
-    if unknown := set(names) - FIGURES.keys():
-        sys.exit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        make_shards(synthetic.clips(train=200, dev=8, test=0), out / "shards", Options(short_side=72), {"name": "synthetic"})
-        engine.launch(make_llm, 1, out)
-        for name in names or FIGURES:
-            FIGURES[name](out)
-
-
-def make_llm(out: Path) -> None:
-    sys.stdout = sys.stderr
-    texts = [text for _, text in synthetic.sentences("text", 3000)]
-    pretrain(texts, out / "llm", layers=1, width=48, heads=2, steps=2)
-    pretrain(texts, out / "demo-llm", steps=1)  # of the demo's size
+def make_llms(out: Path) -> None:
+    small_llm(out / "llm", layers=1, width=48, heads=2, steps=2)
+    small_llm(out / "demo-llm", steps=1)  # of the demo's size
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    names = chosen(FIGURES)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        make_shards(synthetic.clips(train=200, dev=8, test=0), out / "shards", Options(short_side=72), {"name": "synthetic"})
+        engine.launch(make_llms, 1, out)
+        for name in names:
+            FIGURES[name](out)

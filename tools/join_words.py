@@ -15,7 +15,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from fire.decorators import SetParseFn
 
 from flallm import UserError, cli, make_folder
 from flallm.corpora import Clip, VideoFile
@@ -49,7 +48,6 @@ def sentences(words: list[str], split: str, count: int, longest: int, seed: int)
         yield said
 
 
-@SetParseFn(str)
 def join(
     videos: str, *, out: str, train: str = "2000", dev: str = "100", test: str = "250", longest: str = "5", seed: str = "0", short_side: str = "256"
 ) -> cli.Job:

@@ -3,13 +3,10 @@
 import sys
 from pathlib import Path
 
-from fire.decorators import SetParseFn
-
 from flallm import cli
 from flallm.corpora import read_text
 
 
-@SetParseFn(str)
 def pretrain(text: str, *, out: str, steps: str = "800") -> cli.Job:
     """Writes a Hugging Face folder with the model and its tokenizer.
 

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from fire.decorators import SetParseFn
-
 from flallm import UserError, cli, config
 from flallm.corpora import Clip, LeftOut
 from flallm.encode import Options
@@ -26,7 +24,6 @@ ENCODING = """
 """
 
 
-@SetParseFn(str)
 def synthetic(
     *,
     out: str,
@@ -56,7 +53,8 @@ def synthetic(
 
     if preset not in synthetic.PRESETS:
         raise UserError(f"--preset: {preset!r} is none of {', '.join(synthetic.PRESETS)}")
-    turned = config.override_fields(synthetic.PRESETS[preset], dict(dial.partition("=")[::2] for dial in re.split(r",(?=\w+=)", dials) if dial), "--dials")
+    given = dict(dial.partition("=")[::2] for dial in re.split(r",(?=\w+=)", dials) if dial)
+    turned = config.from_dict(synthetic.Dials, vars(synthetic.PRESETS[preset]) | given, "--dials")
     counts = dict(zip(("train", "dev", "test"), turned.clips))
     counts |= {name: cli.whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
     numbers = {"seed": cli.whole("seed", seed), **counts, "size": cli.whole("size", size, 16)}
@@ -70,7 +68,6 @@ def synthetic(
     return _job(lambda: synthetic.clips(**numbers, dials=turned), out, options, corpus, text)
 
 
-@SetParseFn(str)
 def manifest(table: str, *, out: str, root: str | None = None, **options: str) -> cli.Job:
     """Any data set: a table of videos (or folders of frames) and their texts.
 
@@ -85,7 +82,6 @@ def manifest(table: str, *, out: str, root: str | None = None, **options: str) -
     return _job(lambda: manifest.clips(Path(table), Path(root) if root else Path(table).parent), out, options, {"name": "manifest", "table": Path(table).name})
 
 
-@SetParseFn(str)
 def phoenix14t(release: str, *, out: str, **options: str) -> cli.Job:
     """PHOENIX-2014-T from its official tree.
 
@@ -99,7 +95,6 @@ def phoenix14t(release: str, *, out: str, **options: str) -> cli.Job:
     return _job(lambda: phoenix14t.clips(Path(release)), out, options, {"name": "phoenix14t"})
 
 
-@SetParseFn(str)
 def csl_daily(root: str, *, out: str, **options: str) -> cli.Job:
     """CSL-Daily from its official tree.
 
@@ -113,7 +108,6 @@ def csl_daily(root: str, *, out: str, **options: str) -> cli.Job:
     return _job(lambda: csl_daily.clips(Path(root)), out, options, {"name": "csl-daily"})
 
 
-@SetParseFn(str)
 def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | None = None, **options: str) -> cli.Job:
     """How2Sign: its re-aligned sentences, cut out of the full videos; or the published clips, which were cut at other times.
 
@@ -137,7 +131,6 @@ def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | 
     return _job(clips, out, options, {"name": "how2sign", "times": times})
 
 
-@SetParseFn(str)
 def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
     """The labels.train, labels.dev, labels.test files of GFSLT-VLP and its descendants.
 
@@ -152,7 +145,6 @@ def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
     return _job(lambda: labels.clips(Path(folder), Path(root)), out, options, {"name": "labels"})
 
 
-@SetParseFn(str)
 def verify(folder: str, *, split: str | None = None, processes: str | None = None) -> cli.Job:
     """Reads every sample back: checksums, all frames, keys, and that the tars hold what the index says. Exit code 1 where something is wrong.
 
@@ -206,15 +198,7 @@ def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[
     return cli.Job(work)
 
 
-COMMANDS = {
-    "synthetic": synthetic,
-    "manifest": manifest,
-    "phoenix14t": phoenix14t,
-    "csl-daily": csl_daily,
-    "how2sign": how2sign,
-    "labels": labels,
-    "verify": verify,
-}
+COMMANDS = {f.__name__.replace("_", "-"): f for f in (synthetic, manifest, phoenix14t, csl_daily, how2sign, labels, verify)}
 
 if __name__ == "__main__":
     if sys.argv[1:] in ([], ["--help"]):

@@ -150,26 +150,14 @@ def _perform(sign: Sign, signer: Signer, rng: np.random.Generator) -> np.ndarray
     right[:, 2] = ORIENTATIONS[sign.orientation] + rng.normal(0, 5)
     right[:, 3:] = HANDSHAPES[sign.handshape]
     glide, wave = (t - 0.5) * 0.2 * size, np.sin(2 * np.pi * t)
-    match sign.movement:
-        case "down":
-            right[:, 1] += glide
-        case "up":
-            right[:, 1] -= glide
-        case "out":
-            right[:, 0] -= glide
-        case "in":
-            right[:, 0] += glide
-        case "circle":
-            right[:, 0] += 0.075 * size * wave
-            right[:, 1] += 0.075 * size * np.cos(2 * np.pi * t)
-        case "shake":
-            right[:, 0] += 0.07 * size * wave
-        case "tap":
-            right[:, 1] += 0.07 * size * wave
-        case "twist":
-            right[:, 2] += 50 * wave
-        case "open":
-            right[:, 3:] = np.array(HANDSHAPES["fist"]) + t[:, None] * (right[:, 3:] - np.array(HANDSHAPES["fist"]))
+    moves = {  # what is added to x (0), y (1) or the angle (2)
+        "down": {1: glide}, "up": {1: -glide}, "out": {0: -glide}, "in": {0: glide}, "shake": {0: 0.07 * size * wave}, "tap": {1: 0.07 * size * wave},
+        "twist": {2: 50 * wave}, "circle": {0: 0.075 * size * wave, 1: 0.075 * size * np.cos(2 * np.pi * t)},
+    }  # fmt: skip
+    for axis, way in moves.get(sign.movement, {}).items():
+        right[:, axis] += way
+    if sign.movement == "open":
+        right[:, 3:] = np.array(HANDSHAPES["fist"]) + t[:, None] * (right[:, 3:] - np.array(HANDSHAPES["fist"]))
     left = poses[:, LEFT : LEFT + HAND]
     if sign.hands == "both":
         left[:] = right

@@ -276,14 +276,8 @@ def _translate(verb, subject=None, object=None, adjective=None, number=None, tim
 def _noun_phrase(noun: str, adjective: str | None, number: str | None) -> str:
     one, many = NOUNS[noun]
     word = ADJECTIVES.get(adjective, "")
-    if word == "big" and noun in ANIMALS:
-        word = "huge"
-    if word == "small" and noun in ANIMALS:
-        word = "little"
-    if word == "old" and noun in FOOD | DRINKS:
-        word = "stale"
-    if word == "new" and noun in FOOD | DRINKS:
-        word = "fresh"
+    for nouns, others in ((ANIMALS, {"big": "huge", "small": "little"}), (FOOD | DRINKS, {"old": "stale", "new": "fresh"})):
+        word = others.get(word, word) if noun in nouns else word
     if number:
         return " ".join(filter(None, [NUMBERS[number], word, many]))
     if not many:
