@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 
 from flallm import UserError, engine, video
 from flallm.config import Config
-from flallm.corpora import BROKEN, VideoFile, open_video, upright
+from flallm.corpora import BROKEN, SLACK, VideoFile, open_video, upright
 from flallm.loader import Batch
 from flallm.model.translator import Translator
 
@@ -82,12 +82,11 @@ def _clips(path: str, segments: list[tuple[float, float]] | None, window: float,
             for i, frame in enumerate(frames):
                 at = i * length if frame.time is None else frame.time
                 first = at if first is None else first
-                middle = at - first + length / 2
-                now = at - first + length
-                while following and following[0] <= middle:
+                begins, now = at - first + SLACK, at - first + length  # a frame belongs where it begins, as when clips are cut for training
+                while following and following[0] <= begins:
                     under_way.append(_Clip(path, *following, config))
                     following = next(spans, None)
-                for clip in [clip for clip in under_way if clip.end <= middle]:
+                for clip in [clip for clip in under_way if clip.end <= begins]:
                     under_way.remove(clip)
                     yield clip.done(clip.end)
                 for clip in list(under_way):

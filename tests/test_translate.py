@@ -1,6 +1,7 @@
 """`flallm translate` and `flallm doctor`, as commands, and what they are made of."""
 
 import json
+import math
 import shutil
 from fractions import Fraction
 
@@ -8,11 +9,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import VideoReformatter
 from conftest import SMALL
 from every_frame import every_frame
 
 from flallm import UserError, engine, translate, video
 from flallm import config as cfg
+from flallm.corpora import VideoFile
 from flallm.evaluate import load_run
 from flallm.shards import Shards
 from flallm.train import train
@@ -79,8 +82,19 @@ def test_stretches_of_a_video_hold_its_frames_of_that_time(run, loaded, cut):
     found = list(translate._clips(path, cut.get("segments"), cut.get("window", 0.0), config))
     assert len(found) == (3 if "segments" in cut else -(-len(every) // 12))
     for one, frames in found:
-        first, last = round(one.start * 25), min(round(one.end * 25), len(every))
+        first, last = (min(math.ceil(seconds * 25 - 0.01), len(every)) for seconds in (one.start, one.end))  # those that begin in it
         assert np.array_equal(frames, video.centre_crop(every[first : last : config.data.stride], config.data.crop))
+
+
+def test_a_segment_has_the_frames_of_a_clip_that_is_cut_for_training_at_the_same_times(run, loaded):
+    _, config = loaded
+    path, size, scaler = str(run / "0.mp4"), config.data.resize, VideoReformatter()
+    segments = [(0.01, 0.47), (0.1996, 0.52), (0.25, 0.7501), (0.5, 0.99)]
+    found = list(translate._clips(path, segments, 0.0, config))
+    assert [(one.start, one.end) for one, _ in found] == [(round(start, 3), round(end, 3)) for start, end in segments]
+    for (start, end), (_, frames) in zip(segments, found):
+        cut = np.stack([video.to_array(frame, size, size, scaler) for frame in VideoFile(path, start, end).frames()[1]])
+        assert np.array_equal(frames, video.centre_crop(cut[:: config.data.stride], config.data.crop))
 
 
 def test_a_video_is_brought_to_the_frame_rate_that_make_shards_brought_the_clips_to(run, loaded, tmp_path):

@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from flallm.corpora import synthetic
-
 
 def figure(name: str, value: float | None, unit: str, detail, **more) -> None:
     value = value if value is None else round(float(value), 4)
@@ -32,6 +30,7 @@ def main(figures: dict[str, Callable[[Path], None]]) -> None:
 
 def small_llm(out: Path, **shape: int) -> None:
     """A language model that has learnt nothing, as good as any where time is measured."""
+    from flallm.corpora import synthetic
     from flallm.pretrain import pretrain
 
     with contextlib.redirect_stdout(sys.stderr):

@@ -24,6 +24,7 @@ from flallm import UserError
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,mxf,nut,dv,ivf,obu,h264,hevc,m4v,mjpeg,yuv4mpegpipe,gif,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe"
 MAX_PIXELS = 8192 * 8192  # of a frame: twice those of 8K; more is a broken or hostile header
 BROKEN = (OSError, ValueError, IndexError, av.FFmpegError)  # of a video that cannot be read; IndexError where a stream begins in mid-file
+SLACK = 5e-4  # seconds: times in tables are rounded, and a cut at 2.000 means the frame at 1.9999
 MISSING = "its video or folder of images does not exist"
 
 
@@ -199,8 +200,8 @@ class VideoFile:
 
 
 def _seconds(frame: av.VideoFrame, first: Fraction) -> float:
-    """When a frame begins, with half a millisecond of slack: times in tables are rounded, and a cut at 2.000 means the frame at 1.9999."""
-    return float(frame.pts * frame.time_base - first) + 5e-4 if frame.pts is not None else 0.0
+    """When a frame begins, with some slack."""
+    return float(frame.pts * frame.time_base - first) + SLACK if frame.pts is not None else 0.0
 
 
 @dataclass(frozen=True)
