@@ -47,7 +47,7 @@ def stage1(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
 
     Args:
         recipe: a built-in name such as demo, or the path of a YAML file
-        run_dir: the folder of the run; runs/<recipe>-stage1 where it is not given
+        run_dir: the folder of the run; runs/<the name of the recipe>-stage1 where it is not given
         overrides: fields of the recipe, as in --train.steps=100 --data.shards=DIR
     """
     return _training("stage1", recipe, run_dir, overrides)
@@ -59,7 +59,7 @@ def stage2(recipe: str, *, stage1: str, run_dir: str | None = None, **overrides:
     Args:
         recipe: a built-in name such as demo, or the path of a YAML file
         stage1: the folder of the finished stage-1 run
-        run_dir: the folder of the run; runs/<recipe>-stage2 where it is not given
+        run_dir: the folder of the run; runs/<the name of the recipe>-stage2 where it is not given
         overrides: fields of the recipe, as in --train.lr_language=1e-5 --llm.path=DIR
     """
     return _training("stage2", recipe, run_dir, overrides, Path(stage1))
@@ -70,7 +70,7 @@ def joint(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
 
     Args:
         recipe: a built-in name such as demo, or the path of a YAML file
-        run_dir: the folder of the run; runs/<recipe>-joint where it is not given
+        run_dir: the folder of the run; runs/<the name of the recipe>-joint where it is not given
         overrides: fields of the recipe, as in --train.steps=100
     """
     return _training("joint", recipe, run_dir, overrides)

@@ -201,8 +201,10 @@ def _sections(recipe: str, beside: Path, above: tuple[Path, ...] = ()) -> tuple[
     if path in above:
         raise UserError(f"{path}: its base leads back to itself")
     sections = read_yaml(path)
-    base = sections.pop("base", None)
-    return path, _merged(_sections(str(base), path.parent, (*above, path))[1], sections) if base else sections
+    if base := sections.pop("base", None):
+        below = _sections(str(base), path.parent, (*above, path))[1]
+        sections = _merged(below | {"name": ""}, sections)  # one without a name of its own is not the other
+    return path, sections
 
 
 def _merged(below: dict, own: dict) -> dict:

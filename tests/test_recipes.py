@@ -96,7 +96,7 @@ def test_a_recipe_has_what_its_base_has_and_its_own_fields(tmp_path):
     for stage in cfg.STAGES:
         base, ours, more = (cfg.flat(cfg.load(str(name), stage)) for name in ("csl-daily", tmp_path / "ours.yaml", tmp_path / "more.yaml"))
         differ = {"name": "ours", "data.augment.rotate": 5} | ({"train.epochs": 3} if stage == "stage2" else {})
-        assert ours == base | differ and more == ours | {"llm.path": "mine"}
+        assert ours == base | differ and more == ours | {"name": "", "llm.path": "mine"}
 
 
 @pytest.mark.parametrize(
