@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,17 @@ RESAMPLES = 1000  # of the bootstrap
 SEED = 12345  # of the bootstrap, sacreBLEU's
 SCORES = {"rouge_l": "R", "bleu1": "B1", "bleu2": "B2", "bleu3": "B3", "bleu4": "B4"}  # in the paper's order
 # What a run may change when it goes on, and the runs of a table may not: a row would differ in it from the others.
-ALIKE = ("data.shards", "llm.path", "encoder.weights", "decode", "train.spike", "train.dev_every", "train.dev_clips")
+ALIKE = (
+    "data.shards",
+    "llm.path",
+    "encoder.weights",
+    "decode.beam",
+    "decode.max_tokens",
+    "decode.length_penalty",
+    "train.spike",
+    "train.dev_every",
+    "train.dev_clips",
+)
 GPU = "a100-80"  # whose hours a plan has before any run is done, as in flallm plan
 
 
@@ -71,7 +81,7 @@ class Study:
         if "seed" in overrides:
             raise UserError("--seed: a table has --seeds=n of them, 0 to n - 1")
         self.overrides = every | overrides
-        self.usual = {stage: cfg.flat(cfg.load(recipe, stage, self.overrides)) for stage in cfg.STAGES}
+        self.usual = {stage: _fields(cfg.load(recipe, stage, self.overrides)) for stage in cfg.STAGES}
         names = [row["name"] for row in self.table["rows"]]
         if unknown := set(rows) - set(names):
             raise UserError(f"--rows: table {table} has no row {min(unknown)!r} but {', '.join(names)}")
@@ -97,13 +107,18 @@ class Study:
             section, _, field = str(value).partition(".")
             if section[:1] == "=" and section[1:] in cfg.STAGES:
                 fields = fields | {name: self.usual[section[1:]][field]}
-        found = cfg.flat(cfg.load(self.recipe, stage, self.overrides | fields))
+        found = _fields(cfg.load(self.recipe, stage, self.overrides | fields))
         return tuple(sorted((name, found[name]) for name in fields if found[name] != self.usual[stage][name]))
 
     def config(self, run: Run) -> Config:
         if run.stage == "features":
             return self.config(run.stage1)
         return cfg.load(self.recipe, run.stage, self.overrides | dict(run.changes) | {"seed": run.seed})
+
+    def config_to_train(self, run: Run) -> Config:
+        """With the shards that it reads, of video or of features."""
+        config = self.config(run)
+        return replace(config, data=replace(config.data, shards=str(self.folder(run.features)))) if run.features else config
 
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.name
@@ -124,18 +139,16 @@ class Study:
             return float((self.folder(run) / "seconds.txt").read_text())
         return json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
-    @cached_property
-    def steps(self) -> dict[Run, int]:
+    def steps(self, run: Run) -> int:
+        """Of features one pass."""
         from flallm.loader import Clips
         from flallm.plan import make_plan
 
-        def of_epochs(config: Config) -> int:
-            clips = Clips("train", config.data, config.seed)
-            return make_plan(config, clips.used, clips.shards.index["text_length"], 1).total(config.train.epochs)
-
-        configs = {run: self.config(run) for run in self.every if run.stage != "features"}
-        steps = {run: config.train.steps or of_epochs(config) for run, config in configs.items()}
-        return {run: steps.get(run, 1) for run in self.every}  # features: one pass
+        config = self.config(run)
+        if run.stage == "features" or config.train.steps:
+            return config.train.steps if run.stage != "features" else 1
+        clips = Clips("train", config.data, config.seed)
+        return make_plan(config, clips.used, clips.shards.index["text_length"], 1).total(config.train.epochs)
 
     def check_begun(self) -> None:
         """Refuses runs of another recipe, on other shards, from other weights or decoded in another way: in one table with these they would be taken for
@@ -148,14 +161,15 @@ class Study:
                 theirs = cfg.flat(cfg.from_dict(Config, cfg.read_yaml(path), str(path)))
                 if run.features:
                     theirs["data.shards"] = mine.data.shards
-                check_same(theirs, mine, self.folder(run), "--out", tuple(name for name in FREE if name not in ALIKE))
+                check_same(theirs, mine, self.folder(run), "--out", tuple({*FREE} - {*ALIKE}))
 
     def check(self, runs: list[Run]) -> None:
         """Raises UserError where shards or a language model are missing, which would else be noticed once a run begins."""
         from flallm.loader import Clips
         from flallm.text import Text
 
-        for config in {(c.data.shards, c.llm.path): c for c in map(self.config, runs)}.values():
+        there = [run for run in runs if not run.features or self.done(run.features)]  # the others' features are to be written yet
+        for config in {(c.data.shards, c.llm.path): c for c in map(self.config_to_train, there)}.values():
             for split in ("train", "dev", SPLIT):
                 Clips(split, config.data, config.seed)
             Text(config.llm)
@@ -173,10 +187,10 @@ class Study:
                 return None
             return next(figure.value for figure in figures if figure.name == "run") / 3600
 
-        configs = {run: self.config(run) for run in self.every}
-        kind = {run: (run.stage, bool(run.features)) for run in self.every}
-        frames = {run: self.steps[run] * config.train.batch / config.data.stride for run, config in configs.items()}  # as many times as a clip has on average
         done = {run: self.seconds(run) / 3600 for run in self.every if self.done(run)}
+        kind = {run: (run.stage, bool(run.features)) for run in self.every}
+        steps = {run: self.steps(run) for run in {*self.runs, *done}}
+        frames = {run: steps[run] * self.config(run).train.batch / self.config(run).data.stride for run in steps}  # times as many as a clip has on average
         pace = {one: np.mean([done[run] / frames[run] for run in done if kind[run] == one]) for one in {kind[run] for run in done}}
         left = {run: frames[run] * pace[kind[run]] for run in self.runs if run not in done and kind[run] in pace}
         # Of stage 2 from features nothing is known before there are some.
@@ -187,7 +201,7 @@ class Study:
         for number, run in enumerate(self.runs):
             hours = next((f"{mark}{found[run]:.2f} h" for mark, found in (("", done), ("", left), ("~", guessed)) if run in found), "? h")
             unit = "pass " if run.stage == "features" else "steps"
-            lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {self.steps[run]:8} {unit} {hours:>10}   {run.name}")
+            lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {steps[run]:8} {unit} {hours:>10}   {run.name}")
         unknown = len(new) - len(left) - len(guessed)
         sums = [f"{sum(left.values()):.2f} h"] if left else []
         if guessed:
@@ -211,7 +225,7 @@ class Study:
         from flallm.features import features
         from flallm.train import train
 
-        folder, config = self.folder(run), self.config(run)
+        folder = self.folder(run)
         if self.done(run):
             return
         if ranks.first:
@@ -222,9 +236,7 @@ class Study:
             if ranks.first:
                 write_whole(folder / "seconds.txt", f"{time.monotonic() - began:.1f}")
             return
-        if run.features:
-            config = replace(config, data=replace(config.data, shards=str(self.folder(run.features))))
-        train(config, folder, ranks, self.folder(run.stage1) if run.stage1 else None)
+        train(self.config_to_train(run), folder, ranks, self.folder(run.stage1) if run.stage1 else None)
         evaluate(folder, SPLIT, ranks)
 
     # What comes out
@@ -288,7 +300,7 @@ class Study:
         for one in [run.stage1, run] if run.stage1 else [run]:
             batch = self.config(one).train.batch
             curves.append([[seen + row["step"] * batch, row["dev_bleu4"]] for row in self._logged(one, "dev_bleu4")])
-            seen += self.steps[one] * batch
+            seen += self.steps(one) * batch
         return curves
 
 
@@ -348,6 +360,10 @@ def submit(study: Study, left: list[Run], options: list[str], command: list[str]
             print(f"job {job}: runs {numbers}")
             after = [f"--dependency=afterok:{job}"]
     print("The same command with --where=nowhere writes the table once they are done.")
+
+
+def _fields(config: Config) -> dict[str, object]:
+    return cfg.flat(config) | {"train.frozen": config.frozen}  # where a recipe says nothing, what that means
 
 
 def _in_order(scored: list[Run]) -> list[Run]:

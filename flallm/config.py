@@ -9,9 +9,11 @@ published practice where the paper is silent (GFSLT-VLP, MMTLB).
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -182,9 +184,7 @@ class Config:
 def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) -> Config:
     """The config of one stage of a recipe: a built-in name or the path of a YAML file, which may hold no more than what differs from its `base`."""
     path, sections = _sections(recipe, Path())
-    train = {name: _coerce(sections.pop(name, {}), Train, f"{path}: {name}") for name in STAGES}  # a mistake in any is said
-    if wrong := next((name for name in ("train", "stage") if name in sections), None):
-        raise UserError(f"{path}: `{wrong}:` is what a run's config.yaml has; in a recipe stage1, stage2 and joint are sections of their own")
+    train = {name: _coerce(sections.pop(name, {}), Train, f"{path}: {name}") for name in STAGES}
     config = from_dict(Config, {**sections, "stage": stage}, str(path))
     config.train = train[stage]
     return override(config, overrides or {})
@@ -193,16 +193,26 @@ def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) ->
 def _sections(recipe: str, beside: Path, above: tuple[Path, ...] = ()) -> tuple[Path, dict]:
     """(a recipe's file, its sections; where it names a `base`, another recipe, these are that one's with its own fields put in). beside: the folder of the
     file that names it; above: those that led here."""
-    builtin = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
-    path = builtin if builtin.exists() else beside / recipe
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in builtin.parent.glob("*.yaml")))
-        raise UserError("".join(f"{file}: base: " for file in above[-1:]) + f"no recipe {recipe!r}: name a YAML file or one of {names}")
-    if path in above:
+    builtin = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    path = builtin.get(recipe, beside / recipe)
+    if not os.path.isfile(path):  # which takes a name that is too long for false
+        raise UserError("".join(f"{file}: base: " for file in above[-1:]) + f"no recipe {recipe!r}: name a YAML file or one of {', '.join(builtin)}")
+    if path.resolve() in above:
         raise UserError(f"{path}: its base leads back to itself")
     sections = read_yaml(path)
-    if base := sections.pop("base", None):
-        below = _sections(str(base), path.parent, (*above, path))[1]
+    based, base = "base" in sections, sections.pop("base", None)
+    if wrong := next((name for name in ("train", "stage") if name in sections), None):
+        raise UserError(f"{path}: `{wrong}:` is what a run's config.yaml has; in a recipe stage1, stage2 and joint are sections of their own")
+    for name, section in sections.items():  # so that a mistake is said of this file, in whatever stage it is
+        if name in STAGES:
+            _coerce(section, Train, f"{path}: {name}")
+        else:
+            from_dict(Config, {name: section}, str(path))
+    if based:
+        below = _sections(_coerce(base, str, f"{path}: base"), path.parent, (*above, path.resolve()))[1]
+        for name in STAGES:
+            if "epochs" in sections.get(name, {}):  # not the steps of the other
+                below.get(name, {}).pop("steps", None)
         sections = _merged(below | {"name": ""}, sections)  # one without a name of its own is not the other
     return path, sections
 
@@ -243,7 +253,10 @@ def from_options(cls, options: dict[str, str]):
 
 
 def override(config: Config, overrides: dict[str, object]) -> Config:
-    """The config with `{"a.b": value}` put in."""
+    """The config with `{"a.b": value}` put in. Epochs take the place of steps that it has."""
+    if "train.epochs" in overrides and "train.steps" not in overrides:
+        overrides = overrides | {"train.steps": None}
+    config = copy.deepcopy(config)
     known = [name for name in flat(config) if name != "stage"]
     for name, value in overrides.items():
         if within := next((k for k in known if name.startswith(k + ".") and isinstance(flat(config)[k], dict)), None):

@@ -38,8 +38,8 @@ from flallm.text import Text
 
 # What may differ from the recipe a run was begun with. All else would make the two halves of the run two different runs.
 FREE = (
-    "name", "data.shards", "data.workers", "data.fps", "data.prefetch_mib", "data.cache", "encoder.weights", "llm.path", "decode", "checkpoint", "train.micro_batches", "train.deepspeed", "train.spike",
-    "train.log_every", "train.dev_every", "train.dev_clips", "train.max_skipped", "train.timeout",
+    "name", "data.shards", "data.workers", "data.fps", "data.prefetch_mib", "data.cache", "encoder.weights", "llm.path", "decode.beam", "decode.max_tokens", "decode.length_penalty",
+    "decode.batch", "checkpoint", "train.micro_batches", "train.deepspeed", "train.spike", "train.log_every", "train.dev_every", "train.dev_clips", "train.max_skipped", "train.timeout",
 )  # fmt: skip
 
 USUAL = 0.98  # what the running mean of the loss keeps a step: about 50 steps count

@@ -74,17 +74,14 @@ def _clips(path: str, segments: list[tuple[float, float]] | None, window: float,
     try:
         with open_video(path) as container:
             stream = container.streams.video[0]
-            rate, frames = Fraction(stream.average_rate or 25), upright(container.decode(stream))
-            if config.data.fps:  # all clips of training had it
-                rate = VideoFile(path).rate(stream)
-                rate, frames = Fraction(config.data.fps), video.resample(frames, rate, Fraction(config.data.fps))
-            length = 1 / float(rate)  # seconds of a frame
-            for i, frame in enumerate(frames):
+            rate = VideoFile(path).rate(stream)
+            length, ratio = 1 / float(rate), Fraction(config.data.fps or rate) / rate  # seconds of a frame; to the frames that a clip has, as in training
+            for i, frame in enumerate(upright(container.decode(stream))):
                 at = i * length if frame.time is None else frame.time
                 first = at if first is None else first
                 begins, now = at - first + SLACK, at - first + length  # a frame belongs where it begins, as when clips are cut for training
                 while following and following[0] <= begins:
-                    under_way.append(_Clip(path, *following, config))
+                    under_way.append(_Clip(path, *following, config, ratio))
                     following = next(spans, None)
                 for clip in [clip for clip in under_way if clip.end <= begins]:
                     under_way.remove(clip)
@@ -106,19 +103,23 @@ def _clips(path: str, segments: list[tuple[float, float]] | None, window: float,
     for clip in under_way:
         yield clip.done(min(clip.end, now))
     for start, end in [following, *spans] if segments and following else []:
-        yield Translation(path, start, end, error=f"{path} ends at {now:.2f} s, before its segment from {start:g} s"), None
+        late = Translation(path, start, end, error=f"{path} ends at {now:.2f} s, before its segment from {start:g} s"), None
+        yield late if start >= now else _Clip(path, start, end, config, ratio).done(end)  # the last frame begins before it
 
 
 class _Clip:
-    """A span of a video while its frames come."""
+    """A span of a video while its frames come. ratio: to how many each is made, dropped or repeated as `video.resample` does."""
 
-    def __init__(self, path: str, start: float, end: float, config: Config):
-        self.path, self.start, self.end, self.data, self.count, self.kept = path, start, end, config.data, 0, []
+    def __init__(self, path: str, start: float, end: float, config: Config, ratio: Fraction):
+        self.path, self.start, self.end, self.data, self.ratio = path, start, end, config.data, ratio
+        self.came, self.count, self.kept = 0, 0, []
 
     def take(self, frame, scaler: VideoReformatter) -> None:
-        if self.count % self.data.stride == 0:
-            self.kept.append(video.to_array(frame, self.data.resize, self.data.resize, scaler))
-        self.count += 1
+        self.came += 1
+        while self.count < self.came * self.ratio:
+            if self.count % self.data.stride == 0:
+                self.kept.append(video.to_array(frame, self.data.resize, self.data.resize, scaler))
+            self.count += 1
 
     def done(self, end: float) -> tuple[Translation, np.ndarray | None]:
         one = Translation(self.path, round(self.start, 3), round(end, 3))

@@ -99,13 +99,33 @@ def test_a_recipe_has_what_its_base_has_and_its_own_fields(tmp_path):
         assert ours == base | differ and more == ours | {"name": "", "llm.path": "mine"}
 
 
+def test_epochs_take_the_place_of_steps_and_a_mistake_in_a_base_is_said_of_its_file(tmp_path):
+    (tmp_path / "long.yaml").write_text("base: demo\nstage1: {epochs: 3}\n")
+    stage1, stage2 = (cfg.load(str(tmp_path / "long.yaml"), stage).train for stage in ("stage1", "stage2"))
+    assert (stage1.steps, stage1.epochs, stage2.steps) == (None, 3, 400)
+    assert cfg.load("demo", "stage1", {"train.epochs": "3"}).train.steps is None
+    assert cfg.load("demo", "stage1", {"train.epochs": "3", "train.steps": "5"}).train.steps == 5
+    (tmp_path / "wrong.yaml").write_text("base: demo\ndata: {augment: {rot: 3}}\n")
+    (tmp_path / "right.yaml").write_text("base: wrong.yaml\n")
+    with pytest.raises(cfg.UserError, match=r"wrong\.yaml: data: augment: there is no field 'rot'"):
+        cfg.load(str(tmp_path / "right.yaml"), "stage1")
+
+
 @pytest.mark.parametrize(
-    ("base", "said"), [("a.yaml", "b.yaml: its base leads back to itself"), ("nosuch", "a.yaml: base: no recipe 'nosuch'"), ("[1]", "no recipe '\\[1\\]'")]
+    ("base", "said"),
+    [
+        ("a.yaml", "a.yaml: its base leads back to itself"),
+        ("nosuch", "a.yaml: base: no recipe 'nosuch'"),
+        ("[1]", "a.yaml: base: \\[1\\] is not text"),
+        ("x/../a.yaml", "its base leads back"),
+        ("a" * 300, "no recipe 'aaa"),
+    ],
 )
 def test_a_base_that_is_none_is_refused(tmp_path, base, said):
+    (tmp_path / "x").mkdir()
     (tmp_path / "a.yaml").write_text(f"base: {base}\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
-    with pytest.raises(cfg.UserError, match=said.replace("b.yaml: its", "a.yaml: its")):
+    with pytest.raises(cfg.UserError, match=said):
         cfg.load(str(tmp_path / "b.yaml"), "stage1")
 
 

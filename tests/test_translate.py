@@ -86,14 +86,17 @@ def test_stretches_of_a_video_hold_its_frames_of_that_time(run, loaded, cut):
         assert np.array_equal(frames, video.centre_crop(every[first : last : config.data.stride], config.data.crop))
 
 
-def test_a_segment_has_the_frames_of_a_clip_that_is_cut_for_training_at_the_same_times(run, loaded):
-    _, config = loaded
+@pytest.mark.parametrize("fps", (0, 20, 25, 30))
+def test_a_segment_has_the_frames_of_a_clip_that_is_cut_for_training_at_the_same_times(run, loaded, fps):
+    config = cfg.override(loaded[1], {"data.fps": fps})
     path, size, scaler = str(run / "0.mp4"), config.data.resize, VideoReformatter()
     segments = [(0.01, 0.47), (0.1996, 0.52), (0.25, 0.7501), (0.5, 0.99)]
     found = list(translate._clips(path, segments, 0.0, config))
     assert [(one.start, one.end) for one, _ in found] == [(round(start, 3), round(end, 3)) for start, end in segments]
     for (start, end), (_, frames) in zip(segments, found):
-        cut = np.stack([video.to_array(frame, size, size, scaler) for frame in VideoFile(path, start, end).frames()[1]])
+        rate, cut = VideoFile(path, start, end).frames()
+        cut = video.resample(cut, rate, Fraction(fps)) if fps else cut
+        cut = np.stack([video.to_array(frame, size, size, scaler) for frame in cut])
         assert np.array_equal(frames, video.centre_crop(cut[:: config.data.stride], config.data.crop))
 
 
