@@ -99,10 +99,10 @@ class MeanFeature:
         width = self.model.adapter[0].in_features
         *total, count = ranks.sum(*(self.sum.tolist() if self.count else [0.0] * width), self.count)
         mean = torch.tensor(total, device=ranks.device) / count
-        readers = [self.model.adapter] + [self.model.words] * (self.model.input == "words")  # which see the same
+        readers = ["adapter", "words"] if self.model.input == "words" else ["adapter"]  # which see the same
         with ExitStack() as hooks:
-            for reader in readers:
-                hooks.enter_context(reader.register_forward_pre_hook(lambda _, inputs: (mean.to(inputs[0]).expand_as(inputs[0]),)))
+            for name in readers:
+                hooks.enter_context(self.model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: (mean.to(inputs[0]).expand_as(inputs[0]),)))
             yield
 
 
