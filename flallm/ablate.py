@@ -140,13 +140,14 @@ class Study:
         return json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
     def steps(self, run: Run) -> int:
-        """Of features one pass."""
         from flallm.loader import Clips
         from flallm.plan import make_plan
 
         config = self.config(run)
-        if run.stage == "features" or config.train.steps:
-            return config.train.steps if run.stage != "features" else 1
+        if run.stage == "features":
+            return 1  # a pass
+        if config.train.steps:
+            return config.train.steps
         clips = Clips("train", config.data, config.seed)
         return make_plan(config, clips.used, clips.shards.index["text_length"], 1).total(config.train.epochs)
 
