@@ -191,7 +191,8 @@ class Study:
         done = {run: self.seconds(run) / 3600 for run in self.every if self.done(run)}
         kind = {run: (run.stage, bool(run.features)) for run in self.every}
         steps = {run: self.steps(run) for run in {*self.runs, *done}}
-        frames = {run: steps[run] * self.config(run).train.batch / self.config(run).data.stride for run in steps}  # times as many as a clip has on average
+        configs = {run: self.config(run) for run in steps}
+        frames = {run: steps[run] * config.train.batch / config.data.stride for run, config in configs.items()}  # times as many as a clip has on average
         pace = {one: np.mean([done[run] / frames[run] for run in done if kind[run] == one]) for one in {kind[run] for run in done}}
         left = {run: frames[run] * pace[kind[run]] for run in self.runs if run not in done and kind[run] in pace}
         # Of stage 2 from features nothing is known before there are some.
@@ -301,7 +302,7 @@ class Study:
         for one in [run.stage1, run] if run.stage1 else [run]:
             batch = self.config(one).train.batch
             curves.append([[seen + row["step"] * batch, row["dev_bleu4"]] for row in self._logged(one, "dev_bleu4")])
-            seen += self.steps(one) * batch
+            seen = curves[-1][-1][0]  # the last look is at its end
         return curves
 
 
