@@ -91,15 +91,20 @@ class Study:
 
     def _run(self, row: dict, seed: int) -> Run:
         stage, every = row.get("stage", "stage2"), row.get("every", {})
+        own = every | row.get("own", {}) | self._length(stage, row.get("length"))
         if stage != "stage2":
-            return Run(stage, self._changes(stage, every | row.get("own", {})), seed)
-        first = every | row.get("stage1", {})
-        if length := row.get("stage1_length"):
-            train = cfg.load(self.recipe, "stage1", self.overrides).train
-            first |= {"train.steps": math.ceil(train.steps * length)} if train.steps else {"train.epochs": round(train.epochs * length, 2)}
+            return Run(stage, self._changes(stage, own), seed)
+        first = every | row.get("stage1", {}) | self._length("stage1", row.get("stage1_length"))
         stage1 = Run("stage1", self._changes("stage1", first), seed)
         features = Run("features", (), seed, stage1) if row.get("cached", self.table.get("cached")) else None
-        return Run(stage, self._changes(stage, every | row.get("own", {})), seed, stage1, features)
+        return Run(stage, self._changes(stage, own), seed, stage1, features)
+
+    def _length(self, stage: str, times: float | None) -> dict[str, object]:
+        """The field that makes a stage so many times as long."""
+        if not times:
+            return {}
+        train = cfg.load(self.recipe, stage, self.overrides).train
+        return {"train.steps": math.ceil(train.steps * times)} if train.steps else {"train.epochs": round(train.epochs * times, 2)}
 
     def _changes(self, stage: str, fields: dict) -> tuple[tuple[str, object], ...]:
         """Those of the fields that the recipe does not have like this already."""

@@ -314,7 +314,7 @@ def ablate(
 
     Args:
         recipe: a built-in name such as demo, or the path of a YAML file
-        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or masks, onepass, stack, words or lora, past it; see flallm/tables.yaml
+        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or masks, onepass, steps, stack, words or lora, past it; see flallm/tables.yaml
         seeds: how many seeds, 0 to n - 1, each run has
         rows: only these rows of the table, separated by commas
         out: the folder to write into; tables in one folder share runs
