@@ -23,10 +23,10 @@ import numpy as np
 from flallm import UserError, metrics, results, write_whole
 from flallm import config as cfg
 from flallm.config import Config
+from flallm.metrics import RESAMPLES
 
 TABLES = Path(__file__).parent / "tables.yaml"
 SPLIT = "test"
-RESAMPLES = 1000  # of the bootstrap
 SEED = 12345  # of the bootstrap, sacreBLEU's
 SCORES = {"rouge_l": "R", "bleu1": "B1", "bleu2": "B2", "bleu3": "B3", "bleu4": "B4"}  # in the paper's order
 # What a run may change when it goes on, and the runs of a table may not: a row would differ in it from the others.
@@ -143,6 +143,12 @@ class Study:
         if run.stage == "features":
             return float((self.folder(run) / "seconds.txt").read_text())
         return json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+
+    def timeout(self, run: Run) -> float:
+        """Seconds that its ranks wait for each other."""
+        from flallm.features import TIMEOUT
+
+        return TIMEOUT if run.stage == "features" else self.config(run).train.timeout
 
     def steps(self, run: Run) -> int:
         from flallm.loader import Clips
@@ -340,7 +346,7 @@ def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]
 def _train(study: Study, run: Run) -> None:
     from flallm import engine
 
-    ranks = engine.join(study.config(run).train.timeout)
+    ranks = engine.join(study.timeout(run))
     try:
         study.train(run, ranks)
     except UserError as error:

@@ -60,7 +60,7 @@ class Writer:
         self.thread = ThreadPoolExecutor(1)
         self.manifest: dict | None = None  # of the checkpoint that is being written
         self.files: Future[dict] | None = None
-        self.last, self.saved = time.monotonic(), 0  # when, and which step
+        self.last = time.monotonic()  # when it saved
         if ranks.first:
             self.folder.mkdir(exist_ok=True)
             for part in self.folder.glob(".step-*.part"):
@@ -78,10 +78,8 @@ class Writer:
 
     def save(self, engine, state: State, dev_bleu4: float | None) -> None:
         """Copies what is to be written, and leaves the writing to a thread."""
-        if self.saved == state.step:
-            return
         self.settle()
-        self.last, self.saved = time.monotonic(), state.step
+        self.last = time.monotonic()
         self.manifest = {"step": state.step, "dev_bleu4": dev_bleu4, "world_size": self.ranks.world_size, "state": asdict(state), **self.facts}
         tensors = {f"rank-{self.ranks.rank}.safetensors": rank_tensors(engine, self.ranks)}
         with engines.whole(engine):

@@ -122,9 +122,9 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
     number = whole("copies", copies)
 
     def work() -> None:
-        from flallm.features import features
+        from flallm.features import TIMEOUT, features
 
-        with _ranks(24 * 3600) as ranks:  # who is done waits for who has the last shard
+        with _ranks(TIMEOUT) as ranks:
             features(Path(run), Path(out), ranks, dtype, number)
 
     return Job(work)
@@ -339,7 +339,7 @@ def ablate(
 
     def work() -> None:
         chosen = study.runs[number]
-        with _ranks(study.config(chosen).train.timeout) as group:
+        with _ranks(study.timeout(chosen)) as group:
             study.train(chosen, group)
 
     return Job(work)
@@ -359,7 +359,7 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
     if not videos:
         raise UserError("translate needs at least one video file")
     if missing := next((path for path in videos if not Path(path).is_file()), None):
-        raise UserError(f"{missing} does not exist")
+        raise UserError(f"{missing} is no file")
     if format not in ("text", "json", "srt", "vtt"):
         raise UserError(f"--format: {format!r} is none of text, json, srt, vtt")
     if format in ("srt", "vtt") and len(videos) > 1:
@@ -367,7 +367,7 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
     further = whole("alternatives", alternatives)
     if further and format != "json":
         raise UserError("--alternatives goes with --format=json")
-    if not window.replace(".", "", 1).isdecimal() or (float(window) and segments):
+    if not window.replace(".", "", 1).isdecimal() or (float(window) and segments is not None):
         raise UserError("--window is a number of seconds, and excludes --segments")
 
     def work() -> int:
@@ -376,7 +376,7 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
         from flallm.evaluate import load_run
         from flallm.translate import line, read_segments, translate
 
-        spans, failed, number = read_segments(Path(segments)) if segments else None, 0, 0
+        spans, failed, number = None if segments is None else read_segments(Path(segments)), 0, 0
         with _ranks() as ranks:
             model, config = load_run(Path(run), ranks.device)
             if further >= config.decode.beam:

@@ -223,9 +223,29 @@ def _merged(below: dict, own: dict) -> dict:
     }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's readers silently drop the first."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def read_run(run: Path) -> dict:
+    """The config.yaml of a run folder."""
+    path = run / "config.yaml"
+    if not os.path.isfile(path):
+        raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
+    return read_yaml(path)
+
+
 def read_yaml(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -281,6 +301,8 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
             raise UserError(f"{name}: {below[0]} is less than {least}")
     betas, endless = train.betas, train.steps is None and train.epochs == math.inf
     for wrong, said in (
+        (config.seed >= 2**32, f"seed: {config.seed} is not below {2**32}"),
+        ("/" in config.name, f"name: {config.name!r} is to be a folder's name, without /"),
         (train.one_pass and config.stage != "joint", f"train.one_pass: {config.stage} is one of two passes, joint takes it"),
         (len(betas) != 2 or max(betas) >= 1, f"train.betas: {', '.join(map(str, betas))}: two numbers from 0 to below 1 are needed"),
         (not encoder.widths, "encoder.widths: one is needed at least"),

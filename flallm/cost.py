@@ -245,7 +245,7 @@ class Figure:
         value, unit = self.value, self.unit
         if unit == "s":
             return duration(value)
-        divisor = {"GiB": GIB, "GB": 1e9, "MB": 1e6, "M": 1e6, "%": 0.01}.get(unit, 1)
+        divisor = {"GiB": GIB, "GB": 1e9, "M": 1e6, "%": 0.01}.get(unit, 1)
         value = value / divisor
         digits = 0 if float(value).is_integer() or abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 3
         return f"{value:,.{digits}f} {unit}".strip()

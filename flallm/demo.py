@@ -22,19 +22,18 @@ def demo(out: Path, clips: Iterable[Clip] | None = None, overrides: dict | None 
     for stage in ("stage1", "stage2"):
         if (out / stage).exists():
             raise UserError(f"{out / stage} is there already: remove {out} or name another folder with --out")
-    seconds: dict[str, float] = {}
-    with _step("1/5  shards: a synthetic signer, rendered and encoded", seconds):
+    with _step("1/5  shards: a synthetic signer, rendered and encoded"):
         dataset = make_shards(clips or synthetic.clips(), out / "shards", Options(short_side=72, per_shard=250), {"name": "synthetic"})
         print(", ".join(f"{split} {n['clips']} clips" for split, n in dataset["splits"].items()), flush=True)
     from flallm import engine
     from flallm.report import report
 
-    with _step("2/5  language model: a small mBART, pre-trained on text of the same language", seconds):
+    with _step("2/5  language model: a small mBART, pre-trained on text of the same language"):
         if not (out / "llm").exists():
             engine.launch(_pretrain, 1, out)  # its own process, so that its memory is free again afterwards
-    with _step(f"3/5  stage 1 and 4/5  stage 2, on {RANKS} ranks under ZeRO-2", seconds):
+    with _step(f"3/5  stage 1 and 4/5  stage 2, on {RANKS} ranks under ZeRO-2"):
         engine.launch(_stages, RANKS, out, overrides or {})
-    with _step("5/5  one clip, and a page to look at", seconds):
+    with _step("5/5  one clip, and a page to look at"):
         test = Shards(out / "shards", "test")
         video, meta = test.read(len(test) // 2)
         (out / "clip.mp4").write_bytes(video)
@@ -45,12 +44,11 @@ def demo(out: Path, clips: Iterable[Clip] | None = None, overrides: dict | None 
 
 
 @contextmanager
-def _step(title: str, seconds: dict[str, float]):
+def _step(title: str):
     print(f"\n== {title}", flush=True)
     began = time.monotonic()
     yield
-    seconds[title] = time.monotonic() - began
-    print(f"   {seconds[title]:.0f} s", flush=True)
+    print(f"   {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _pretrain(out: Path) -> None:

@@ -43,6 +43,8 @@ class Options:
         for name, least in {"short_side": 2, "crf": 0, "gop": 1, "per_shard": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name}: {getattr(self, name)} is less than {least}")
+        if self.crf > 51:
+            raise UserError(f"--crf: {self.crf} is over 51, x264's last")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise UserError(f"--fps: {self.fps} is not a number of frames a second")
 

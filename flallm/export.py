@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from flallm import UserError, __version__, checkpoint
+from flallm import UserError, __version__, checkpoint, make_folder
 from flallm import config as cfg
 from flallm.config import Config
 from flallm.evaluate import load_run
@@ -44,9 +44,10 @@ def export(run: Path, out: Path, merge: bool, licence: str) -> None:
     """Writes the folder. merge: LoRA's updates are added to the weights under them."""
     if out.exists():
         raise UserError(f"{out} exists already")
+    make_folder(out.parent)
     model, config = load_run(run, torch.device("cpu"))
     apart = model.base and not merge
-    part = out.with_name(out.name + ".part")
+    part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     if apart:
         shutil.copytree(run / "llm", part / "llm")

@@ -25,6 +25,7 @@ from flallm.evaluate import load_run
 from flallm.loader import Clips, batches
 from flallm.model.translator import Translator
 
+TIMEOUT = 24 * 3600  # seconds: who is done waits for who has the last shard
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

@@ -34,10 +34,9 @@ def probe(run: Path, split: str, ranks: Ranks) -> dict:
     seen = MeanFeature(model)
 
     def decode(title: str, change: Callable[[Batch], Batch] | None = None) -> list[Prediction]:
-        return decode_split(model, config, split, ranks, config.decode, change=change, title=title)[0]
+        return decode_split(model, config, split, ranks, config.decode, workers=config.data.workers, change=change, title=title)[0]
 
-    if ranks.first:
-        make_folder(run / "probes")
+    make_folder(run)
     with seen.taken():
         right = decode("the right one")
     if not right:
@@ -51,6 +50,7 @@ def probe(run: Path, split: str, ranks: Ranks) -> dict:
     if not ranks.first:
         return {}
     found = _judge(said, right, config.convention) | _parts(right, config.convention, Shards(config.data.shards, split), training_clips(config.data.shards))
+    make_folder(run / "probes")
     write_whole(run / f"probes/{split}.json", json.dumps({"split": split} | found, indent=1, ensure_ascii=False))
     return found
 

@@ -25,7 +25,7 @@ import yaml
 from markupsafe import Markup
 from sacrebleu.metrics import CHRF
 
-from flallm import UserError, engine, metrics, results, write_whole
+from flallm import UserError, engine, make_folder, metrics, results, write_whole
 from flallm import config as cfg
 from flallm.evaluate import load_run
 from flallm.loader import Clips
@@ -65,9 +65,8 @@ class Sentence:
 
 def report(run: Path, split: str, clips: int) -> Path:
     """Writes report.html of a run folder. clips: how many sentences of the split come with their clip."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
-    config, notes = cfg.flat(cfg.read_yaml(run / "config.yaml")), []
+    config, notes = cfg.flat(cfg.read_run(run)), []
+    make_folder(run)  # which is there; whether the page can be written is better known now
     sentences = _sentences(run, split, str(config.get("convention", "raw")), notes)
     others = sorted(path.stem for path in (run / "predictions").glob("*.jsonl"))
     if not sentences and others:
@@ -136,7 +135,7 @@ def _render(found: dict) -> str:
         finalize=_printable,
     )
     environment.filters |= {"duration": _duration, "thin": _thin}
-    environment.globals |= {"number": _points, "interval": lambda score: f"[{score['ci95'][0]:.2f}, {score['ci95'][1]:.2f}]"}
+    environment.globals |= {"reachable": metrics.REACHABLE, "number": _points, "interval": lambda score: f"[{score['ci95'][0]:.2f}, {score['ci95'][1]:.2f}]"}
     script = Markup((HERE / "page/uPlot.iife.min.js").read_text() + (HERE / "page/report.js").read_text())
     style = Markup((HERE / "page/uPlot.min.css").read_text() + (HERE / "page/report.css").read_text())
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -44,7 +44,8 @@ class Text:
         self.before, self.after = before, after
 
     def _start(self, llm: LLM) -> list[int]:
-        default = self.config.decoder_start_token_id if self.config.is_encoder_decoder else self.tokenizer.bos_token_id or self.end
+        begin = self.end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        default = self.config.decoder_start_token_id if self.config.is_encoder_decoder else begin
         if llm.language:
             code = self.tokenizer.convert_tokens_to_ids(llm.language)
             if code in (None, self.tokenizer.unk_token_id):

@@ -52,9 +52,13 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
 
     Stage 2 takes its encoder from the best checkpoint of the run `stage1`. Exits with `AGAIN` after a signal to stop, once all is saved.
     """
-    clips, _ = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
+    clips, dev_clips = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
     if clips.features and config.frozen != "encoder":
         raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
+    if config.data.fps not in (0, clips.shards.fps):
+        raise UserError(
+            f"data.fps: {config.data.shards} has {clips.shards.fps:g}: the frame rate is chosen when shards are made, make_shards.py --fps={config.data.fps:g}"
+        )
     config = replace(config, data=replace(config.data, fps=clips.shards.fps))
     plan = make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
@@ -66,7 +70,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     if found:
         checkpoint.load_model(found[0], model)
     text, total = model.text, config.train.steps or plan.total(config.train.epochs)
-    check_fits(config, clips, model)
+    check_fits(config, max(clips.used.max(), dev_clips.used.max()), model)
+    check_features(clips, model)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     dev_every = config.train.dev_every or plan.steps(0)
     wait = round(config.train.llm_start * total) if model.one_pass else 0  # steps that the LLM waits
@@ -132,14 +137,17 @@ def begin(config: Config, stage1: Path | None, origin: str | None, ranks: Ranks)
     return model
 
 
-def check_fits(config: Config, clips: Clips, model: Translator) -> None:
-    """Refuses clips and sentences that are longer than what the language model takes, and features of another encoder."""
-    longest = model.text.longest
-    if (most := -(-int(clips.used.max()) // config.llm.stack)) > longest:
-        raise UserError(f"data.max_frames: a clip has {most} features, and {longest} is what the language model takes: raise data.stride or llm.stack")
-    if config.decode.max_tokens > longest:
-        raise UserError(f"decode.max_tokens: {config.decode.max_tokens} are more than the {longest} that the language model takes")
-    check_features(clips, model)
+def check_fits(config: Config, frames: int, model: Translator) -> None:
+    """Refuses clips of so many frames, and sentences, that are longer than what the language model takes."""
+    text, features = model.text, -(-int(frames) // config.llm.stack)
+    if features > text.longest:
+        raise UserError(f"data.max_frames: a clip has {features} features, and {text.longest} is what the language model takes: raise data.stride or llm.stack")
+    if config.decode.max_tokens > text.longest:
+        raise UserError(f"decode.max_tokens: {config.decode.max_tokens} are more than the {text.longest} that the language model takes")
+    if config.stage != "stage1" and not text.config.is_encoder_decoder:  # one sequence for all
+        together, places = len(text.before) + features + len(text.after) + config.decode.max_tokens, getattr(text.config, "max_position_embeddings", math.inf)
+        if together > places:
+            raise UserError(f"decode.max_tokens: prompt, features and answer have {together} places, and {places} are what the language model has")
 
 
 def newest(config: Config, run: Path, ranks: Ranks, data: dict, origin: str | None) -> tuple[Path, dict] | None:
@@ -176,10 +184,7 @@ def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None
     """Puts the encoder of a stage-1 run into the model."""
     if stage1 is None:
         raise UserError("stage2 needs --stage1 RUN: the folder of a finished stage-1 run")
-    path = stage1 / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--stage1: {stage1} is no run folder (no config.yaml)")
-    theirs = cfg.from_dict(Config, cfg.read_yaml(path), str(path))
+    theirs = cfg.from_dict(Config, cfg.read_run(stage1), str(stage1 / "config.yaml"))
     for name in ("encoder", "data.resize", "data.crop", "data.stride", *(["light_t"] if model.input == "light_t" else [])):
         for field, value in cfg.flat(config).items():
             if field.startswith(name) and field != "encoder.weights" and cfg.flat(theirs)[field] != value:
@@ -213,7 +218,8 @@ def look_at_dev(model: Translator, config: Config, ranks: Ranks, log: Log) -> fl
     """BLEU-4 on dev, greedy, of the real and of swapped videos."""
     began = time.monotonic()
     greedy = replace(config.decode, beam=1, batch=max(config.decode.batch, 32))
-    predictions, bad = decode_split(model, config, "dev", ranks, greedy, config.train.dev_clips)
+    workers = min(1, config.data.workers)  # those of training are there too
+    predictions, bad = decode_split(model, config, "dev", ranks, greedy, workers=workers, limit=config.train.dev_clips)
     if ranks.first and bad:
         note_bad_samples(log.run, bad)
     if not predictions:
@@ -298,7 +304,8 @@ class Log:
         now = time.monotonic()
         seconds, steps = now - self.last, min(self.state.step % self.config.train.log_every or self.config.train.log_every, self.state.step - self.first)
         left = (now - self.began - self.outside) / (self.state.step - self.first) * (self.total - self.state.step)
-        values = {"loss": loss / max(1, tokens), "clips_per_s": clips / seconds, "data_wait_share": waiting / seconds / self.ranks.world_size}
+        values = {"loss": loss / tokens} if tokens else {}  # none where all its steps were left out
+        values |= {"clips_per_s": clips / seconds, "data_wait_share": waiting / seconds / self.ranks.world_size}
         values |= {f"lr_{part}": rate for part, rate in ({"encoder": 0.0} | rates).items()}
         values |= {"skipped": self.state.skipped} | (done.norms if done.applied else {})
         self.state.sums, self.timers = dict.fromkeys(self.state.sums, 0.0), dict.fromkeys(self.timers, 0.0)
@@ -306,7 +313,7 @@ class Log:
         self._write(values)
         slowest, mean = max(range(len(each)), key=each.__getitem__), sum(each) / len(each)
         self.say(
-            f"step {self.state.step}/{self.total}  loss {values['loss']:.3f}  lr {values['lr_encoder']:.1e}/{values['lr_adapter']:.1e}/{values['lr_language']:.1e}  "
+            f"step {self.state.step}/{self.total}  loss {values.get('loss', math.nan):.3f}  lr {values['lr_encoder']:.1e}/{values['lr_adapter']:.1e}/{values['lr_language']:.1e}  "
             f"{values['clips_per_s']:.1f} clips/s  waiting for data {values['data_wait_share']:.0%}  {left // 60:.0f}:{left % 60:02.0f} left"
             + f"  rank {slowest} is slow: {each[slowest] / steps:.2f} s a step, mean {mean / steps:.2f}"
             * (each[slowest] > STRAGGLES * mean)

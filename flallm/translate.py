@@ -26,8 +26,8 @@ LONGEST = 2  # times the frames that training sees of a clip: longer ones are no
 
 @dataclass
 class Translation:
-    """A sentence. start, end: seconds in the video. confidence: the geometric mean of the probabilities of its tokens.
-    alternatives: further sentences of the beam, best first. error: why there is no sentence."""
+    """A sentence. start, end: seconds in the video. confidence: the geometric mean of the probabilities of the
+    text's tokens and of the end after them. alternatives: further sentences of the beam, best first. error: why there is no sentence."""
 
     video: str
     start: float = 0.0

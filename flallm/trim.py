@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flallm import UserError, first_line
+from flallm import UserError, first_line, make_folder
 from flallm.config import LLM
 from flallm.corpora import read_text
 from flallm.model.llm import load_llm
@@ -33,6 +33,7 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
     """Writes the trimmed model of a folder or hub name to `out` and returns what there is to say. most: tokens of the file `text` to keep besides."""
     if out.exists():
         raise UserError(f"{out} exists already")
+    make_folder(out.parent)
     model = load_llm(LLM(path=path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -45,7 +46,7 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
     before, parameters = model.get_input_embeddings().num_embeddings, model.num_parameters()
     kept, small = trim_tokenizer(tokenizer, {*counts.pop("train"), *(i for i, _ in frequent.most_common(most))})
     trim_model(model, kept)
-    part = out.with_name(out.name + ".part")
+    part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     for saved in (model, small):
         saved.save_pretrained(part)

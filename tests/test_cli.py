@@ -61,6 +61,7 @@ def test_names_and_options_are_frozen():
         (["stage1", "demo", "--train.epochs=nan"], "--train.epochs: 'nan' is not a number"),
         (["stage1", "demo", "--convention=rwa"], "convention: 'rwa' is none of raw, 13a"),
         (["stage1", "demo", "--seed=-1"], "seed: -1 is less than 0"),
+        (["stage1", "demo", "--seed=1e30"], "is not below 4294967296"),
         (["stage1", "demo", "--light_t.heads=0"], "light_t.heads: 0 is less than 1"),
         (["stage1", "demo", "--encoder.widths=8,0,8,8"], "encoder.widths: 0 is less than 1"),
         (["stage1", "demo", "--encoder.widths=64,128"], "encoder.depths: 4 of them for 2 encoder.widths"),
@@ -85,7 +86,10 @@ def test_names_and_options_are_frozen():
         (["ablate", "demo", "--table=3"], "no table '3' but 4, 5"),
         (["ablate", "demo", "--table=4", "--rows=jiont"], "no row 'jiont' but joint, factorised"),
         (["ablate", "demo", "--table=4"], "make them with tools/make_shards.py"),
-        (["translate", ".", "none.mp4"], "none.mp4 does not exist"),
+        (["translate", ".", "none.mp4"], "none.mp4 is no file"),
+        (["translate", ".", "bad.yaml", "--segments="], "--segments: . cannot be read"),
+        (["export", ".", "bad.yaml/x"], "bad.yaml cannot be made"),
+        (["trim", "x", "--shards=.", "--out=bad.yaml/x"], "bad.yaml cannot be made"),
         (["nosuch"], "nosuch"),
         (["stage1", "demo", "--train.deepspeed_override.x=1"], "did you mean --train.deepspeed_overrides?"),
         (["stage1", "demo", "--data.shards=~/none"], f"{Path.home()}/none holds no finished shards"),
@@ -98,6 +102,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, fla
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("flallm: ") and message in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]  # nothing written
+
+
+def test_the_frame_rate_is_chosen_when_shards_are_made(shards, tmp_path, flallm):
+    result = flallm("stage1", "demo", f"--data.shards={shards}", "--data.fps=12.5", cwd=tmp_path)
+    assert result.returncode == 2 and "make_shards.py --fps=12.5" in result.stderr and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -114,6 +123,8 @@ def test_help_names_every_option(command, tmp_path, flallm):
         ("train: {batch: 64}\n", "`train:` is what a run's config.yaml has"),
         ("stage2: {stesp: 5}\n", "own.yaml: stage2: there is no field 'stesp': did you mean steps?"),
         ("stage1:\n", "own.yaml: stage1: None is not a section"),
+        ("stage1: {steps: 4}\nstage1: {batch: 8}\n", "'stage1' is there twice"),
+        ("name: a/b\n", "name: 'a/b' is to be a folder's name"),
     ],
 )
 def test_a_mistake_in_any_section_of_a_recipe_is_said(content, message, tmp_path, flallm):

@@ -15,11 +15,14 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig
 from flallm import UserError
 from flallm import config as cfg
 from flallm.checkpoint import load_model, unique_tensors
+from flallm.corpora import synthetic
+from flallm.evaluate import reachable_bleu4
 from flallm.loader import IGNORE, Clips
 from flallm.model.llm import load_llm, untie
 from flallm.model.translator import Translator
 from flallm.pretrain import make_tokenizer
 from flallm.text import Text
+from flallm.train import check_fits
 
 PROMPTS = {"mbart": "{video}", "mt5": "we {video}", "llama": "we saw {video} and"}
 
@@ -93,6 +96,23 @@ def test_mbart_50_answers_after_its_end_token_and_the_languages_code(folders):
     assert text.start == [text.tokenizer.convert_tokens_to_ids("i")]  # this one starts from <s>, as mBART does from the code
     text.config.decoder_start_token_id = text.end
     assert text._start(cfg.LLM(language="i")) == [text.end, text.tokenizer.convert_tokens_to_ids("i")]
+
+
+def test_what_a_tokenizer_cannot_say_bounds_the_score(folders):
+    """These normalise by NFKC, as mBART's and mT5's do, which makes a comma of a full-width one."""
+    text = Text(cfg.LLM(path=str(folders["mbart"])))
+    sentences = [text for _, text in synthetic.sentences("test", 20)]
+    assert reachable_bleu4(sentences, text, "raw") == pytest.approx(100)
+    assert reachable_bleu4([f"{sentence} ，" for sentence in sentences], text, "raw") < 90
+
+
+def test_prompt_features_and_answer_fit_into_a_decoder_only_model_together(built):
+    config, model = built("llama")
+    model.text.config.max_position_embeddings = 40
+    room = 40 - len(model.text.before) - len(model.text.after) - config.decode.max_tokens
+    check_fits(config, room, model)
+    with pytest.raises(UserError, match="have 41 places, and 40"):
+        check_fits(config, room + 1, model)
 
 
 def test_a_head_that_is_not_tied_stays_so_in_a_checkpoint(built, folders, tmp_path):

@@ -44,13 +44,50 @@ def test_beam_search_is_transformers_own(setting):
     config, model, clips = setting
     batch = batch_of(model, clips, 0, 1, 2)
     embeddings = model.adapter(model.features(batch)).split(batch.lengths.tolist())
-    ours = model.translate(batch, config.decode)
-    for clip, sentence in zip(embeddings, ours):
+    model.language.final_logits_bias[0, model.text.end] = 3.0  # or no sentence ends before it has to, and all are of one length
+    found = [model.translate(batch, replace(config.decode, length_penalty=penalty)) for penalty in (-3.0, 3.0)]
+    assert found[0] != found[1]
+    for penalty, ours in zip((-3.0, 3.0), found):
         options = GenerationConfig(
-            num_beams=5, max_new_tokens=config.decode.max_tokens, decoder_start_token_id=model.text.start[0], eos_token_id=2, pad_token_id=1
+            num_beams=5,
+            max_new_tokens=config.decode.max_tokens,
+            length_penalty=penalty,
+            decoder_start_token_id=model.text.start[0],
+            eos_token_id=2,
+            pad_token_id=1,
         )
-        ids = model.language.generate(inputs_embeds=clip[None], generation_config=options)[0]
-        assert model.text.decode(ids) == sentence
+        for clip, sentence in zip(embeddings, ours):
+            ids = model.language.generate(inputs_embeds=clip[None], generation_config=options)[0]
+            assert model.text.decode(ids) == sentence
+
+
+def test_the_loss_is_what_it_is_defined_to_be(small):
+    """Cross-entropy with label smoothing over the tokens of each text and the end after it, and IBM Model 1 over the tokens without the end, word by word."""
+    config = small("stage1", {"train.word_loss": 0.5, "train.label_smoothing": 0.2})
+    model = Translator(config, Text(config.llm)).eval()
+    batch = batch_of(model, Clips("train", config.data, 0), 0, 1)
+    with torch.no_grad():
+        features = model.features(batch)
+        said = model.family.logits(model._read(features, batch.lengths), batch.labels).log_softmax(-1)  # (B, L, V)
+        seen = model.words(features).softmax(-1).split(batch.lengths.tolist())  # B of (frames, V)
+        cross_entropy, explained = 0.0, 0.0
+        for text, frames, logs in zip(batch.texts, seen, said):
+            for token, log in zip(model.text.encode(text), logs):
+                cross_entropy -= 0.8 * log[token].item() + 0.2 * log.mean().item()
+            for token in model.text.encode(text)[:-1]:
+                explained -= frames[:, token].mean().log().item()
+        objective, loss = model(batch)
+    assert loss.item() == pytest.approx(cross_entropy, rel=1e-5)
+    assert objective.item() == pytest.approx(cross_entropy + 0.5 * explained, rel=1e-5)
+
+
+def test_the_backbone_sees_red_green_and_blue_as_imagenets_weights_want_them(small):
+    encoder = VisualEncoder(small("stage1").encoder).eval()
+    frames = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of red, green, blue
+    with torch.no_grad():
+        theirs = encoder.backbone(((frames / 255 - mean) / std).permute(0, 3, 1, 2)).pooler_output.flatten(1)
+        torch.testing.assert_close(encoder.frame_wise(frames), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -160,18 +197,6 @@ def test_the_language_model_reads_frames_or_hidden_states_of_light_t_where_it_is
             read = first.language.get_encoder()(inputs_embeds=first.adapter(first.features(clip))[None]).last_hidden_state[0]
             torch.testing.assert_close(hidden, read, rtol=1e-4, atol=1e-5)
     assert frames.shape[1] == models["frames"].adapter[0].in_features == 24
-
-
-def test_the_adapter_stands_where_word_embeddings_stood(small):
-    """Word embeddings fed through the adapter's place give mBART's own outputs: scale, positions and LayerNorm as for words."""
-    config = small("stage2")
-    model = Translator(config, Text(config.llm)).eval()
-    ids = torch.tensor([[5, 9, 30, 7, 2]])
-    words = model.language.get_encoder().embed_tokens.weight[ids[0]]
-    model.adapter = torch.nn.Identity()
-    with torch.no_grad():
-        ours = model.language(**model._read(words, torch.tensor([5])), decoder_input_ids=ids).logits
-        torch.testing.assert_close(ours, model.language(input_ids=ids, decoder_input_ids=ids).logits)
 
 
 def test_a_bad_clip_in_a_batch_is_named_and_the_rest_goes_on(setting):

@@ -56,6 +56,13 @@ def vars_of(plan: Plan) -> dict:
     }
 
 
+def test_a_pool_makes_the_clips_of_a_step_alike_in_length():
+    frames, texts = lengths(4096, 0)
+    plans = [Plan(frames, texts, 16, 1, 1, 0, pool=pool) for pool in (1, 2)]
+    alone, together = (np.mean([np.std(frames[plan.step(0, s)[0][0]]) for s in range(plan.steps(0))]) for plan in plans)
+    assert together < 0.7 * alone
+
+
 @pytest.mark.parametrize("clips", [7096, 7095, 18401, 31165])  # train of PHOENIX14T, one clip short, of CSL-Daily and of How2Sign
 def test_as_many_ranks_as_clips_a_step_have_all_something_to_do(clips):
     plan = Plan(*lengths(clips, 0), 8, 1, 8, 0)

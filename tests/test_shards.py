@@ -246,19 +246,35 @@ def test_verify_is_a_command_with_exit_codes(copied):
     assert gone.returncode == 2 and gone.stderr.count("\n") == 1 and "dev-000000.tar is missing" in gone.stderr
 
 
+class Images:
+    """A video of RGB images (H, W, 3)."""
+
+    source = "test"
+
+    def __init__(self, images: list[np.ndarray]):
+        self.images = images
+
+    def frames(self):
+        return Fraction(25), (av.VideoFrame.from_ndarray(image, "rgb24") for image in self.images)
+
+
+def test_a_model_sees_red_green_and_blue_in_this_order_and_the_middle_of_the_frame():
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[:, :, 1] = 255  # green around, 8 wide; inside red at the left and blue at the right
+    image[8:-8, 8:32], image[8:-8, 32:-8] = (255, 0, 0), (0, 0, 255)
+    data, meta = encode(Clip("k", "train", "t", Images([image])), Options())
+    (whole,) = frames = video.decode(data, 48, 4, 300, meta["num_frames"])  # squeezed: 8 of 64 columns are 6 of 48
+    (middle,) = video.centre_crop(frames, 30)
+    assert whole.shape == (48, 48, 3) and middle.shape == (30, 30, 3)
+    for part, colour in ((whole[:6, :4], 1), (whole[-6:, -4:], 1), (middle[:, :13], 0), (middle[:, -13:], 2)):
+        assert (part.argmax(-1) == colour).all() and part[..., colour].min() > 150
+
+
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 38, 97, 200])
 def test_reference_frames_are_every_fourth_frame(frames):
     """Passing over frames between reference frames gives the same pixels as decoding all and keeping every 4th."""
-    images = np.random.default_rng(frames).integers(0, 255, (4, 4, 3), np.uint8).repeat(16, 0).repeat(16, 1)
-
-    class Moving:
-        source = "test"
-
-        def frames(self):
-            return Fraction(25), (av.VideoFrame.from_ndarray(np.roll(images, i, 1), "rgb24") for i in range(frames))
-
-    clip = Clip("k", "train", "t", Moving())
-    data, meta = encode(clip, Options())
+    image = np.random.default_rng(frames).integers(0, 255, (4, 4, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    data, meta = encode(Clip("k", "train", "t", Images([np.roll(image, i, 1) for i in range(frames)])), Options())
     assert meta["num_frames"] == frames
     assert np.array_equal(video.decode(data, 48, 4, 300, frames), every_frame(data, 48, 4, 300))
 

@@ -81,6 +81,12 @@ def with_a_rank_that_can_read_nothing(local, everywhere, ranks) -> None:
     torch.testing.assert_close([t.tolist() for t in common], ranks.gather([t.tolist() for t in own])[0], rtol=1e-4, atol=1e-5)
 
 
+def with_the_optimizer_of_the_recipe(config, kind: type, settings: dict, ranks) -> None:
+    found = engine.start_engine(model_and_clips(config)[0], config.train, ranks).optimizer
+    assert type(found.optimizer) is kind and [group["name"] for group in found.param_groups] == ["encoder", "adapter", "language"]
+    assert all(settings.items() <= group.items() for group in found.param_groups)
+
+
 def two_ranks(configs: dict, out: Path) -> None:
     for name in STEPS:
         one_step(configs[name], out / f"{name}.safetensors")
@@ -95,6 +101,8 @@ def two_ranks(configs: dict, out: Path) -> None:
 
 def one_rank(configs: dict, out: Path) -> None:
     ranks = engine.join()
+    with_the_optimizer_of_the_recipe(configs["stage1"], torch.optim.AdamW, {"betas": (0.9, 0.98), "weight_decay": 0.02}, ranks)
+    with_the_optimizer_of_the_recipe(configs["momentum"], torch.optim.SGD, {"momentum": 0.8, "weight_decay": 0.01}, ranks)
     train(configs["stage1"], out / "alone", ranks)
     train(configs["overfit"], out / "overfit", ranks)
     evaluate.evaluate(out / "overfit", "dev", ranks)
@@ -111,7 +119,8 @@ def runs(shards, llm, tmp_path_factory):
     def make(stage, shards=shards, **overrides):
         return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **overrides})
 
-    short = {"train.steps": 6, "train.log_every": 1, "train.dev_every": 6, **GLOBAL}
+    rates = {"train.lr_encoder": 1e-3, "train.lr_adapter": 2e-3, "train.lr_language": 4e-3, "train.warmup": 0.5, "train.weight_decay": 0.02}
+    short = {"train.steps": 6, "train.log_every": 1, "train.dev_every": 6, **GLOBAL, **rates}
     overfit = {
         "train.steps": 160,
         "train.batch": 8,
@@ -125,6 +134,7 @@ def runs(shards, llm, tmp_path_factory):
         "step4": make("stage1", **PLAIN_SGD, **GLOBAL, **{"train.micro_batches": 4, "train.deepspeed_overrides.zero_optimization.reduce_bucket_size": "5e3"}),
         "joint1": make("joint", **PLAIN_SGD, **GLOBAL, **{"llm.dropout": 0}),
         "bf16": make("stage1", **PLAIN_SGD, **GLOBAL, **{"train.precision": "bf16"}),
+        "momentum": make("stage1", **PLAIN_SGD | {"train.momentum": 0.8}),
         "local": make("stage1", **PLAIN_SGD),
         "zero3": make("joint", **PLAIN_SGD, **GLOBAL, **{"llm.dropout": 0, "train.micro_batches": 2, "train.deepspeed": ZERO3}),
         "stage1": make("stage1", **short),
@@ -184,6 +194,15 @@ def test_losses_are_the_same_on_one_and_two_ranks(runs):
     assert two == pytest.approx(alone, rel=1e-4)
 
 
+def test_rates_rise_over_the_warm_up_and_fall_as_a_cosine_each_part_with_its_own(runs):
+    _, out = runs
+    shape = [1 / 4, 2 / 4, 3 / 4, 1, 3 / 4, 1 / 4]  # 3 steps of 6 up to 1; then (1 + cos(pi n / 3)) / 2 for n = 0, 1, 2
+    for run, parts in (("stage1", {"encoder": 1e-3, "adapter": 2e-3, "language": 4e-3}), ("stage2", {"encoder": 0, "adapter": 2e-3, "language": 4e-3})):
+        rows = [row for row in lines(out / run / "metrics.jsonl") if "loss" in row]
+        for part, rate in parts.items():
+            assert [row[f"lr_{part}"] for row in rows] == pytest.approx([rate * share for share in shape]), (run, part)
+
+
 def test_stage_2_leaves_every_tensor_and_buffer_of_the_encoder_as_it_was(runs):
     _, out = runs
     before, after = (load_file(checkpoint.best(out / run) / "model.safetensors") for run in ("stage1", "stage2"))
@@ -222,6 +241,12 @@ def test_every_clip_is_evaluated_once_and_the_run_folder_is_whole(runs):
     scores = json.loads((out / "stage2/scores/test.json").read_text())
     assert scores["raw"]["num_samples"] == 7 and "tok:none" in scores["raw"]["signature"]["bleu"] and "tok:13a" in scores["13a"]["signature"]["bleu"]
     assert {"config.yaml", "command.txt", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"} <= {p.name for p in (out / "stage2").iterdir()}
+
+
+def test_a_split_that_is_not_there_leaves_nothing_behind(runs, flallm, tmp_path):
+    _, out = runs
+    result = flallm("evaluate", out / "alone", "--split=nosuch", cwd=tmp_path)
+    assert result.returncode == 2 and "nosuch" in result.stderr and not (out / "alone/scores").exists()
 
 
 def test_eight_clips_are_learnt_by_heart(runs):

@@ -70,7 +70,7 @@ def _decode(run: Path, out: Path) -> None:
     for turn in range(4):
         for name, decode in (("many", config.decode), ("single", replace(config.decode, batch=1))):
             began = time.monotonic()
-            predictions, _ = decode_split(model, config, "test", ranks, decode)
+            predictions, _ = decode_split(model, config, "test", ranks, decode, workers=config.data.workers)
             if turn:  # the first warms up
                 speeds[name].append(len(predictions) / (time.monotonic() - began))
     if ranks.first:

@@ -59,6 +59,9 @@ def synthetic(
     counts |= {name: cli.whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
     numbers = {"seed": cli.whole("seed", seed), **counts, "size": cli.whole("size", size, 16)}
 
+    if numbers["size"] > 1024:
+        raise UserError(f"--size: {size} is over 1024 pixels")
+
     def text() -> Iterator[str]:
         return (sentence for _, sentence in synthetic.sentences("text", turned.sentences, numbers["seed"], turned))
 

@@ -62,7 +62,7 @@ class Translator(nn.Module):
         """What the adapter reads (F, C): sign-wise features, unless `llm.input` says otherwise."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder.frozen != "encoder"):
             if self.input == "frames":
-                return self.encoder.frame_wise(batch.frames)
+                return self.encoder.frame_wise(batch.frames, not batch.stands_in)
             made = batch.frames.ndim == 2  # before, by `flallm features`
             signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths, not batch.stands_in)
             return self.light_t(signs, batch.lengths) if self.input == "light_t" else signs
@@ -147,7 +147,8 @@ class Translator(nn.Module):
 
     @torch.no_grad()
     def answers(self, batch: Batch, decode: Decode, count: int) -> list[list[tuple[str, float]]]:
-        """For each clip its `count` best sentences, and how sure the model is of each: the geometric mean of its tokens' probabilities."""
+        """For each clip its `count` best sentences, and how sure the model is of each: the geometric mean of the probabilities of
+        the text's tokens and of the end after them."""
         inputs = self._read(self.features(batch), batch.lengths)
         texts = self._generate(inputs, decode, count)
         labels = nn.utils.rnn.pad_sequence([torch.tensor(self.text.encode(text)) for text in texts], True, IGNORE).to(inputs["attention_mask"].device)

@@ -37,16 +37,16 @@ class VisualEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
         self.norms = replace_batch_norms(self, GlobalBatchNorm if config.global_batch_norm else BatchNorm)
 
-    def frame_wise(self, frames: torch.Tensor) -> torch.Tensor:
-        """The backbone's features (F, C), 512 of ResNet18's."""
+    def frame_wise(self, frames: torch.Tensor, counts: bool = True) -> torch.Tensor:
+        """The backbone's features (F, C), 512 of ResNet18's. counts: false where the frames stand in for clips that could not be read: no statistics are
+        taken of them."""
+        for norm in self.norms:
+            norm.counts = counts
         images = (frames.permute(0, 3, 1, 2) - self.mean) / self.std  # (F, 3, H, W), channels last in memory
         return self.backbone(images).pooler_output.flatten(1)
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor, counts: bool = True) -> torch.Tensor:
-        """counts: false where the frames stand in for clips that could not be read: no statistics are taken of them."""
-        for norm in self.norms:
-            norm.counts = counts
-        x = self.frame_wise(frames)
+        x = self.frame_wise(frames, counts)
         # One convolution over all clips: zeros between them, as many as the kernel reaches, are each clip's own padding.
         pad = self.temporal.kernel_size[0] // 2
         clip = torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=len(x)).to(x.device)
