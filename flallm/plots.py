@@ -12,6 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 matplotlib.use("agg")
 from matplotlib import pyplot
+from matplotlib.ticker import EngFormatter
 
 LONGEST = 30  # letters of a word beside a picture; a model that has not learnt to end words says longer ones
 
@@ -34,6 +35,7 @@ def table(result: dict, path: Path) -> None:
     axes.set_xlabel("BLEU-4: mean and 95 % interval, | a seed, ○ the paper on PHOENIX14T")
     axes.set_title(result["title"], loc="left", fontsize=10)
     curves.set(xlabel="clips seen; dotted: its stage 1", ylabel="BLEU-4 on dev, greedy", ylim=(0, None))
+    curves.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
