@@ -16,9 +16,7 @@ paper: install
 	test -d flallm-paper/llm || { \
 		.venv/bin/python tools/make_shards.py synthetic --out=flallm-paper/shards --short_side=72 --per_shard=250 && \
 		.venv/bin/python tools/make_llm.py flallm-paper/shards/text.txt --out=flallm-paper/llm; }
-	for table in 4 9 fig2; do \
-		.venv/bin/flallm ablate demo --table=$$table --ranks=2 --out=flallm-paper --data.shards=flallm-paper/shards --llm.path=flallm-paper/llm || exit 1; \
-	done
+	.venv/bin/flallm ablate demo --table=4,9,fig2 --ranks=2 --out=flallm-paper --data.shards=flallm-paper/shards --llm.path=flallm-paper/llm
 	.venv/bin/flallm report flallm-paper/runs/stage2/seed0
 
 lint: install

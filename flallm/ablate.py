@@ -1,6 +1,6 @@
 """`flallm ablate`: the paper's tables and figures on any recipe, as `tables.yaml` states them.
 
-A table's rows and the seeds give a plan of runs; what two rows need alike is one run. OUT/runs holds the run folders, named by what
+The tables' rows and the seeds give a plan of runs; what two rows need alike is one run. OUT/runs holds the run folders, named by what
 differs from the recipe, so that tables share them, and a finished run (one with scores on test) is never trained again; one that was
 interrupted goes on from its checkpoint. OUT/table-N.{json,md,png} is written from what is finished.
 """
@@ -70,33 +70,35 @@ class Run:
 
 
 class Study:
-    """A table of a recipe: its runs, what of them is done, and what comes out."""
+    """Tables of a recipe: their runs, and what of them is done. rows: the runs of these rows alone, where any are named."""
 
-    def __init__(self, recipe: str, table: str, seeds: int, rows: list[str], overrides: dict[str, object], out: Path):
-        tables = cfg.read_yaml(TABLES)
-        every = tables.pop("every")
-        if table not in tables:
-            raise UserError(f"--table: there is no table {table!r} but {', '.join(tables)}")
-        self.recipe, self.name, self.table, self.out, self.seeds = recipe, table, tables[table], out, range(seeds)
+    def __init__(self, recipe: str, tables: list[str], seeds: int, rows: list[str], overrides: dict[str, object], out: Path):
+        known = cfg.read_yaml(TABLES)
+        every = known.pop("every")
+        if unknown := [table for table in tables if table not in known]:
+            raise UserError(f"--table: there is no table {unknown[0]!r} but {', '.join(known)}")
+        self.recipe, self.out, self.seeds = recipe, out, range(seeds)
         if "seed" in overrides:
             raise UserError("--seed: a table has --seeds=n of them, 0 to n - 1")
         self.overrides = every | overrides
         self.usual = {stage: _fields(cfg.load(recipe, stage, self.overrides)) for stage in cfg.STAGES}
-        names = [row["name"] for row in self.table["rows"]]
-        if unknown := set(rows) - set(names):
-            raise UserError(f"--rows: table {table} has no row {min(unknown)!r} but {', '.join(names)}")
-        self.rows = {row["name"]: [self._run(row, seed) for seed in self.seeds] for row in self.table["rows"]}
-        self.every = _in_order([run for name in names for run in self.rows[name]])  # the table shows what is done of all rows
-        self.runs = _in_order([run for name in rows or names for run in self.rows[name]])  # of these rows
+        names = dict.fromkeys(row["name"] for table in tables for row in known[table]["rows"])
+        if unknown := [row for row in rows if row not in names]:
+            raise UserError(f"--rows: table {', '.join(tables)} has no row {unknown[0]!r} but {', '.join(names)}")
+        self.tables = {name: Table(self, name, known[name]) for name in tables}
+        scored = [(name, run) for table in self.tables.values() for name, runs in table.rows.items() for run in runs]
+        self.every = _in_order([run for _, run in scored])  # a table shows what is done of all its rows
+        self.runs = _in_order([run for name, run in scored if name in (rows or names)])  # of these rows
 
-    def _run(self, row: dict, seed: int) -> Run:
+    def run(self, row: dict, cached: bool, seed: int) -> Run:
+        """The run of a table's row. cached: whether its stage 2 reads features that are written once."""
         stage, every = row.get("stage", "stage2"), row.get("every", {})
         own = every | row.get("own", {}) | self._length(stage, row.get("length"))
         if stage != "stage2":
             return Run(stage, self._changes(stage, own), seed)
         first = every | row.get("stage1", {}) | self._length("stage1", row.get("stage1_length"))
         stage1 = Run("stage1", self._changes("stage1", first), seed)
-        features = Run("features", (), seed, stage1) if row.get("cached", self.table.get("cached")) else None
+        features = Run("features", (), seed, stage1) if cached else None
         return Run(stage, self._changes(stage, own), seed, stage1, features)
 
     def _length(self, stage: str, times: float | None) -> dict[str, object]:
@@ -210,7 +212,9 @@ class Study:
         guessable = [run for run in self.runs if gpu and run not in done | left and run.stage != "features" and not run.features]
         guessed = {run: hours for run in guessable if (hours := planned(replace(run, seed=0, stage1=None))) is not None}
         new = [run for run in self.runs if run not in done]
-        lines = [f"{self.title}: {len(self.runs)} runs, {len(self.runs) - len(new)} of them done, on {self.recipe}"]
+        lines = [
+            f"{'; '.join(table.title for table in self.tables.values())}: {len(self.runs)} runs, {len(self.runs) - len(new)} of them done, on {self.recipe}"
+        ]
         for number, run in enumerate(self.runs):
             hours = next((f"{mark}{found[run]:.2f} h" for mark, found in (("", done), ("", left), ("~", guessed)) if run in found), "? h")
             unit = "pass " if run.stage == "features" else "steps"
@@ -222,15 +226,6 @@ class Study:
         if unknown:
             sums.append(f"{unknown} runs of unknown length: none of their stage is done")
         return "\n".join([*lines, f"left: {', '.join(sums)}"] if sums else lines)
-
-    @property
-    def title(self) -> str:
-        return f"{'Figure ' + self.name[3:] if self.name.startswith('fig') else 'Table ' + self.name if self.name.isdigit() else 'Past the paper'}. {self.table['title']}"
-
-    @property
-    def stem(self) -> Path:
-        """What the table's files are called, without their suffix."""
-        return self.out / (self.name if self.name.startswith("fig") else f"table-{self.name}")
 
     def train(self, run: Run, ranks) -> None:
         """Trains and scores a run on the ranks there are, unless that is done."""
@@ -252,39 +247,56 @@ class Study:
         train(self.config_to_train(run), folder, ranks, self.folder(run.stage1) if run.stage1 else None)
         evaluate(folder, SPLIT, ranks)
 
-    # What comes out
+
+class Table:
+    """A table of a study: its rows as runs, and what comes out of those that are done."""
+
+    def __init__(self, study: Study, name: str, spec: dict):
+        self.study, self.name, self.spec = study, name, spec
+        self.rows = {row["name"]: [study.run(row, row.get("cached", spec.get("cached", False)), seed) for seed in study.seeds] for row in spec["rows"]}
+
+    @property
+    def title(self) -> str:
+        return f"{'Figure ' + self.name[3:] if self.name.startswith('fig') else 'Table ' + self.name if self.name.isdigit() else 'Past the paper'}. {self.spec['title']}"
+
+    @property
+    def stem(self) -> Path:
+        """What the table's files are called, without their suffix."""
+        return self.study.out / (self.name if self.name.startswith("fig") else f"table-{self.name}")
 
     def result(self) -> dict:
         """The table as a dict, of the rows of which every run is done."""
-        done = {name: runs for name, runs in self.rows.items() if all(self.scores(run) for run in runs)}
-        rows = {row["name"]: row for row in self.table["rows"]}
-        convention = cfg.load(self.recipe, "stage1", self.overrides).convention
-        said = {name: [results.pairs(self.folder(run) / f"predictions/{SPLIT}.jsonl") for run in runs] for name, runs in done.items()}
+        done = {name: runs for name, runs in self.rows.items() if all(self.study.scores(run) for run in runs)}
+        rows = {row["name"]: row for row in self.spec["rows"]}
+        convention = cfg.load(self.study.recipe, "stage1", self.study.overrides).convention
+        said = {name: [results.pairs(self.study.folder(run) / f"predictions/{SPLIT}.jsonl") for run in runs] for name, runs in done.items()}
         found = {}
         resampled = {name: bootstrap([(h, r) for h, r, _ in runs], convention) for name, runs in said.items()}
-        choice = self.table.get("choice")
+        choice = self.spec.get("choice")
         for name, runs in done.items():
-            scores = [self.scores(run) for run in runs]
+            scores = [self.study.scores(run) for run in runs]
             found[name] = {score: spread([s[convention][score]["value"] for s in scores]) for score in SCORES}
             found[name]["bleu4"]["ci95"] = np.percentile(resampled[name], [2.5, 97.5]).round(2).tolist()
             found[name]["swapped_bleu4"] = spread([s["swapped_bleu4"] for s in scores])
-            found[name]["hours"] = float(np.mean([sum(self.seconds(r) for r in (run, run.stage1, run.features) if r) for run in runs])) / 3600
+            found[name]["hours"] = float(np.mean([sum(self.study.seconds(r) for r in (run, run.stage1, run.features) if r) for run in runs])) / 3600
             found[name]["paper"] = rows[name].get("paper", {})
             found[name]["dev"] = [self._learning(run) for run in runs]
             if self.name == "fig2":
                 found[name]["dominance"] = [dominance(self._logged(run, "grad_norm/llm")) for run in runs]
             if name != choice and choice in done:
                 if said[name][0][1:] != said[choice][0][1:]:
-                    raise UserError(f"{self.folder(runs[0])} and {self.folder(done[choice][0])} were scored on other sentences: they cannot be compared")
+                    raise UserError(
+                        f"{self.study.folder(runs[0])} and {self.study.folder(done[choice][0])} were scored on other sentences: they cannot be compared"
+                    )
                 found[name]["against_choice"] = paired(resampled[name], resampled[choice], found[name]["bleu4"]["mean"] - self._mean(done[choice], convention))
         return {
-            "table": self.name, "title": self.title, "recipe": self.recipe, "convention": convention, "split": SPLIT, "seeds": len(self.seeds), "choice": choice,
+            "table": self.name, "title": self.title, "recipe": self.study.recipe, "convention": convention, "split": SPLIT, "seeds": len(self.study.seeds), "choice": choice,
             "sentences": len(said[next(iter(said))][0][0]) if said else 0, "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "unit": "sentence"}, "rows": found,
             "missing": [name for name in self.rows if name not in done],
         }  # fmt: skip
 
     def _mean(self, runs: list[Run], convention: str) -> float:
-        return float(np.mean([self.scores(run)[convention]["bleu4"]["value"] for run in runs]))
+        return float(np.mean([self.study.scores(run)[convention]["bleu4"]["value"] for run in runs]))
 
     def write(self) -> str:
         """Writes the table's files; returns it as Markdown."""
@@ -304,21 +316,21 @@ class Study:
 
     def _logged(self, run: Run, name: str) -> list[dict]:
         """What a run wrote down at the steps where it has this number."""
-        rows = [json.loads(line) for line in (self.folder(run) / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (self.study.folder(run) / "metrics.jsonl").read_text().splitlines()]
         return [row for row in rows if name in row]
 
     def _learning(self, run: Run) -> list[list[list[float]]]:
         """[clips seen, dev BLEU-4] of a stage 1, if there is one, and of the run itself, which goes on counting where that ended."""
         curves, seen = [], 0
         for one in [run.stage1, run] if run.stage1 else [run]:
-            batch = self.config(one).train.batch
+            batch = self.study.config(one).train.batch
             curves.append([[seen + row["step"] * batch, row["dev_bleu4"]] for row in self._logged(one, "dev_bleu4")])
             seen = curves[-1][-1][0]  # the last look is at its end
         return curves
 
 
 def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]) -> None:
-    """Prints the plan, does what is to be done of it and writes the table."""
+    """Prints the plan, does what is to be done of it and writes the tables."""
     import torch
 
     study.check_begun()
@@ -339,8 +351,9 @@ def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]
                     engine.launch(_train, ranks, study, run)
                 except ProcessExitedException as end:  # it has said why
                     raise SystemExit(end.exit_code) from None
-    if any(all(study.scores(run) for run in runs) for runs in study.rows.values()):
-        print(f"\n{study.write()}\nWritten: {study.stem}.json, .md and .png")
+    for table in study.tables.values():
+        if any(all(study.scores(run) for run in runs) for runs in table.rows.values()):
+            print(f"\n{table.write()}\nWritten: {table.stem}.json, .md and .png")
 
 
 def _train(study: Study, run: Run) -> None:
@@ -372,7 +385,7 @@ def submit(study: Study, left: list[Run], options: list[str], command: list[str]
             job = done.stdout.strip().split(";")[0]
             print(f"job {job}: runs {numbers}")
             after = [f"--dependency=afterok:{job}"]
-    print("The same command with --where=nowhere writes the table once they are done.")
+    print(f"The same command with --where=nowhere writes the table{'s' * (len(study.tables) > 1)} once they are done.")
 
 
 def _fields(config: Config) -> dict[str, object]:

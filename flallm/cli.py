@@ -310,16 +310,17 @@ def ablate(
     run: str | None = None,
     **overrides: str,
 ) -> Job:
-    """The runs of one of the paper's tables on a recipe, those that are not done yet; prints the plan first, and writes the table with tests.
+    """The runs of the paper's tables on a recipe, those that are not done yet; prints the plan first, and writes the tables with tests.
 
     Args:
         recipe: a built-in name such as demo, or the path of a YAML file
-        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or masks, onepass, steps, stack, words or lora, past it; see flallm/tables.yaml
+        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or masks, onepass, steps, stack, words or lora, past it; several
+            separated by commas share their runs. See flallm/tables.yaml
         seeds: how many seeds, 0 to n - 1, each run has
-        rows: only these rows of the table, separated by commas
+        rows: only these rows of the tables, separated by commas
         out: the folder to write into; tables in one folder share runs
         ranks: how many ranks of this machine a run has
-        where: here, one run after another; slurm, as arrays of jobs; nowhere, only the plan and the table of what is done
+        where: here, one run after another; slurm, as arrays of jobs; nowhere, only the plan and the tables of what is done
         sbatch: options of sbatch for these jobs, such as "--partition=gpu --time=8:00:00"
         run: only the run of this number in the plan, on the ranks that a launcher has started
         overrides: fields of the recipe, in all runs
@@ -329,7 +330,8 @@ def ablate(
     if where not in ("here", "slurm", "nowhere"):
         raise UserError(f"--where: {where!r} is none of here, slurm, nowhere")
     world_size = whole("ranks", ranks, 1)
-    study = Study(recipe, table, whole("seeds", seeds, 1), [row.strip() for row in rows.split(",") if row.strip()], overrides, Path(out))
+    tables, chosen_rows = ([word.strip() for word in words.split(",")] for words in (table, rows))
+    study = Study(recipe, tables, whole("seeds", seeds, 1), [row for row in chosen_rows if row], overrides, Path(out))
     if run is None:
         options = {"table": table, "seeds": seeds, "rows": rows, "out": out} | overrides
         return Job(lambda: ablate(study, where, world_size, sbatch, [recipe, *(f"--{name}={value}" for name, value in options.items())]))

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log      # one log a run
 #
-#   flallm ablate phoenix14t --table=4 --seeds=3 --out=/path/to/ablate --where=slurm --sbatch="--partition=…"
+#   flallm ablate phoenix14t --table=4,9 --seeds=3 --out=/path/to/ablate --where=slurm --sbatch="--partition=…"
 #
 # submits this script as arrays of jobs: those that need no other run, then the features of a stage 1 that a table reads, then those on top of it.
 set -euo pipefail

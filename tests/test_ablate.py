@@ -103,6 +103,11 @@ DIFFERENCES = {
 }
 
 
+def only(study: Study) -> ablate.Table:
+    (table,) = study.tables.values()
+    return table
+
+
 def differences(config: cfg.Config) -> dict:
     usual = cfg.flat(cfg.load("phoenix14t", config.stage)) | {"train.log_every": 10}
     return {name: value for name, value in cfg.flat(config).items() if usual[name] != value}
@@ -115,10 +120,10 @@ def test_every_table_is_listed_here():
 
 @pytest.mark.parametrize("table", DIFFERENCES)
 def test_the_runs_of_a_table_differ_from_the_recipe_in_exactly_the_stated_fields(table, tmp_path):
-    study = Study("phoenix14t", table, 2, [], {}, tmp_path)
-    assert list(study.rows) == list(DIFFERENCES[table])
+    study = Study("phoenix14t", [table], 2, [], {}, tmp_path)
+    assert list(only(study).rows) == list(DIFFERENCES[table])
     for name, (stage, own, below) in DIFFERENCES[table].items():
-        for seed, run in enumerate(study.rows[name]):
+        for seed, run in enumerate(only(study).rows[name]):
             seeded = {"seed": seed} if seed else {}
             config = study.config(run)
             assert config.stage == stage and differences(config) == own | seeded, name
@@ -140,23 +145,23 @@ CONTRASTED = {
 def test_rows_are_what_they_are_called_on_a_recipe_with_other_defaults_too(table, tmp_path):
     other = {"data.stride": 3, "train.frozen": "backbone", "llm.random": True, "train.mask_frames": 2, "llm.stack": 3, "llm.lora.rank": 4}
     field, values = CONTRASTED[table]
-    study = Study("phoenix14t", table, 1, [], {field: other[field]}, tmp_path)
-    assert [cfg.flat(study.config(run))[field] for (run,) in study.rows.values()] == values
+    study = Study("phoenix14t", [table], 1, [], {field: other[field]}, tmp_path)
+    assert [cfg.flat(study.config(run))[field] for (run,) in only(study).rows.values()] == values
 
 
 def test_a_recipe_that_states_a_default_has_the_same_runs(tmp_path):
     (tmp_path / "stated.yaml").write_text("base: phoenix14t\nstage2: {frozen: encoder}\n")
-    ours, theirs = (Study(str(recipe), "9", 1, [], {}, tmp_path) for recipe in (tmp_path / "stated.yaml", "phoenix14t"))
+    ours, theirs = (Study(str(recipe), ["9"], 1, [], {}, tmp_path) for recipe in (tmp_path / "stated.yaml", "phoenix14t"))
     assert [run.name for run in ours.runs] == [run.name for run in theirs.runs]
 
 
 def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):
-    runs = {run for table in DIFFERENCES for run in Study("phoenix14t", table, 2, [], {}, tmp_path).runs}
+    runs = {run for table in DIFFERENCES for run in Study("phoenix14t", [table], 2, [], {}, tmp_path).runs}
     assert len({run.name for run in runs}) == len(runs)
     plain = [run for run in runs if not run.features and run.stage != "features" and not run.changes and not (run.stage1 and run.stage1.changes)]
     assert sorted((run.stage, run.seed) for run in plain) == [(stage, seed) for stage in ("joint", "stage1", "stage2") for seed in (0, 1)]
     for table in DIFFERENCES:
-        numbered = Study("phoenix14t", table, 2, [], {}, tmp_path).runs
+        numbered = Study("phoenix14t", [table], 2, [], {}, tmp_path).runs
         assert all(numbered.index(below) < numbered.index(run) for run in numbered for below in (run.stage1, run.features) if below)
 
 
@@ -166,8 +171,8 @@ def overrides(shards, llm) -> dict:
 
 
 def test_the_frame_rates_of_table_6_sample_the_frames_they_should(overrides, tmp_path):
-    study = Study("demo", "6", 1, [], overrides, tmp_path)
-    configs = {name: study.config(runs[0]) for name, runs in study.rows.items()}
+    study = Study("demo", ["6"], 1, [], overrides, tmp_path)
+    configs = {name: study.config(runs[0]) for name, runs in only(study).rows.items()}
     text = Text(configs["25 %"].llm)
     clips = {name: Clips("train", config.data, 0).batch(text, [(None, 3)]).frames for name, config in configs.items()}
     frames = clips["100 %"]
@@ -180,8 +185,8 @@ def test_the_frame_rates_of_table_6_sample_the_frames_they_should(overrides, tmp
 def test_a_random_language_model_has_the_tokenizer_and_the_shape_of_the_pretrained_one(overrides, tmp_path, monkeypatch, family):
     save("mt5", tmp_path / "google/mt5-base")  # a folder of that name is taken in place of the hub's
     monkeypatch.chdir(tmp_path)
-    study = Study("demo", "10", 1, [f"{family} random", family], overrides, tmp_path)
-    (random,), (pretrained,) = (study.rows[name] for name in (f"{family} random", family))
+    study = Study("demo", ["10"], 1, [f"{family} random", family], overrides, tmp_path)
+    (random,), (pretrained,) = (only(study).rows[name] for name in (f"{family} random", family))
     assert random.stage1 == pretrained.stage1 and len(study.runs) == 3
     models = []
     for run in (random, pretrained):
@@ -205,17 +210,17 @@ def train_all(studies: list[Study]) -> None:
 @pytest.fixture(scope="module")
 def done(overrides, tmp_path_factory) -> dict[str, Study]:
     out = tmp_path_factory.mktemp("ablate")
-    studies = {table: Study("demo", table, 1, [], overrides, out) for table in ("4", "5", "8", "9", "fig2")}
+    studies = {table: Study("demo", [table], 1, [], overrides, out) for table in ("4", "5", "8", "9", "fig2")}
     rows = ["stage 1 then stage 2 from cached features", "one pass with the LLM from a third of it on"]
-    studies["onepass"] = Study("demo", "onepass", 1, rows, overrides, out)
-    studies["words"] = Study("demo", "words", 1, [], overrides, out)
+    studies["onepass"] = Study("demo", ["onepass"], 1, rows, overrides, out)
+    studies["words"] = Study("demo", ["words"], 1, [], overrides, out)
     engine.launch(train_all, 1, list(studies.values()))
     return studies
 
 
 def changed(study: Study, row: str, since: str) -> set[str]:
     """Which parts of the encoder have other weights after the run of a row than in its stage 1, or than at the start; all of the other parts is as it was."""
-    run = study.rows[row][0]
+    run = only(study).rows[row][0]
     after = load_file(checkpoint.best(study.folder(run)) / "model.safetensors")
     if since == "stage1":
         before = load_file(checkpoint.best(study.folder(run.stage1)) / "model.safetensors")
@@ -248,7 +253,7 @@ def test_what_a_row_freezes_is_frozen_to_the_bit_and_the_rest_trains(done, table
 
 def test_hidden_states_of_light_t_are_those_of_the_stage_1_below(done):
     study = done["8"]
-    run = study.rows["hidden states of Light-T"][0]
+    run = only(study).rows["hidden states of Light-T"][0]
     below, above = (load_file(checkpoint.best(study.folder(r)) / "model.safetensors") for r in (run.stage1, run))
     pairs = {n: f"light_t.{n}" for n in below if n.startswith("adapter.")}
     pairs |= {n: n.replace("language.model.", "light_t.") for n in below if n.startswith("language.model.encoder.") and "embed_tokens" not in n}
@@ -257,22 +262,22 @@ def test_hidden_states_of_light_t_are_those_of_the_stage_1_below(done):
 
 def test_a_row_from_cached_features_is_the_stage_2_that_a_user_gets_from_them_and_its_hours_have_their_writing(done):
     study = done["onepass"]
-    (run,) = study.rows["stage 1 then stage 2 from cached features"]
-    assert run == done["words"].rows["features through the adapter"][0]
+    (run,) = only(study).rows["stage 1 then stage 2 from cached features"]
+    assert run == only(done["words"]).rows["features through the adapter"][0]
     config = cfg.read_yaml(study.folder(run) / "config.yaml")
     assert (
         config["data"]["shards"] == str(study.folder(run.stage1) / "features")
         and json.loads((study.folder(run.stage1) / "features/dataset.json").read_text())["features"]
     )
-    video = done["4"].rows["factorised"][0]
+    video = only(done["4"]).rows["factorised"][0]
     assert study.folder(video) != study.folder(run) and study.folder(video.stage1) == study.folder(run.stage1)
-    hours = study.result()["rows"]["stage 1 then stage 2 from cached features"]["hours"]
+    hours = only(study).result()["rows"]["stage 1 then stage 2 from cached features"]["hours"]
     assert study.seconds(run.features) > 0 and hours == pytest.approx(sum(map(study.seconds, [*study.runs[:2], run])) / 3600) and study.runs[1] == run.features
 
 
 def test_the_words_that_the_llm_reads_begin_as_those_of_the_stage_1_below(done):
     study = done["words"]
-    run = study.rows["words and what the adapter adds"][0]
+    run = only(study).rows["words and what the adapter adds"][0]
     config = study.config(run)
     model = Translator(config, Text(config.llm)).eval()
     take_encoder(model, config, study.folder(run.stage1))
@@ -289,7 +294,7 @@ def test_the_words_that_the_llm_reads_begin_as_those_of_the_stage_1_below(done):
 
 @pytest.mark.parametrize("word_loss,token,said", [(0.0, [], "words are those of a stage 1 with train.word_loss"), (1.0, ["other"], "knows the words of")])
 def test_words_of_a_stage_1_that_knows_none_or_others_are_refused(done, tmp_path, word_loss, token, said):
-    run = done["words"].rows["words and what the adapter adds"][0]
+    run = only(done["words"]).rows["words and what the adapter adds"][0]
     other = tmp_path / "stage1"
     shutil.copytree(done["words"].folder(run.stage1), other, ignore=shutil.ignore_patterns("features"))
     (other / "config.yaml").write_text(cfg.dump(cfg.override(done["words"].config(run.stage1), {"train.word_loss": word_loss})))
@@ -302,29 +307,29 @@ def test_words_of_a_stage_1_that_knows_none_or_others_are_refused(done, tmp_path
 
 
 def test_the_table_stands_beside_the_papers_numbers(done):
-    text = done["9"].write()
+    text = only(done["9"]).write()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert rows["nothing"].rstrip("| ").endswith("17.86") and "p = " in rows["nothing"] and "p = " not in rows["backbone + temporal"]
-    result = json.loads(done["9"].stem.with_suffix(".json").read_text())
-    scores = json.loads((done["9"].folder(done["9"].rows["backbone"][0]) / "scores/test.json").read_text())
+    result = json.loads(only(done["9"]).stem.with_suffix(".json").read_text())
+    scores = json.loads((done["9"].folder(only(done["9"]).rows["backbone"][0]) / "scores/test.json").read_text())
     assert result["rows"]["backbone"]["bleu4"]["mean"] == scores["raw"]["bleu4"]["value"] and not result["missing"]
     below, own = result["rows"]["backbone"]["dev"][0]  # one look in each, after 3 steps of 16 clips and 3 of 32
     assert [clips for clips, _ in below] == [48] and [clips for clips, _ in own] == [48 + 96]
-    four = done["4"].write().splitlines()
+    four = only(done["4"]).write().splitlines()
     assert "|  | R | B1 | B2 | B3 | B4 [95 %] | B4 against factorised |" in four[2] and four[4].endswith("| 32.52, 31.96, 21.96, 16.32, 12.90 |")
-    assert "stage 1, 3 steps: the last layer of the LLM has the larger gradient in " in done["fig2"].write()
-    dominance = json.loads(done["fig2"].stem.with_suffix(".json").read_text())["rows"]["stage 1"]["dominance"][0]["grad"]
-    rows = [json.loads(line) for line in (done["fig2"].folder(done["fig2"].rows["stage 1"][0]) / "metrics.jsonl").read_text().splitlines()]
+    assert "stage 1, 3 steps: the last layer of the LLM has the larger gradient in " in only(done["fig2"]).write()
+    dominance = json.loads(only(done["fig2"]).stem.with_suffix(".json").read_text())["rows"]["stage 1"]["dominance"][0]["grad"]
+    rows = [json.loads(line) for line in (done["fig2"].folder(only(done["fig2"]).rows["stage 1"][0]) / "metrics.jsonl").read_text().splitlines()]
     larger = [row["grad_norm/llm"] > row["grad_norm/encoder"] for row in rows if "grad_norm/llm" in row]
     assert len(larger) == 3 and dominance["larger"] == pytest.approx(sum(larger) / 3)
-    assert all(s.stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" for s in (done["9"], done["fig2"]))
+    assert all(only(s).stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" for s in (done["9"], done["fig2"]))
 
 
 def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twice(done, overrides, tmp_path, flallm):
     row, overrides = "features through the adapter", overrides | {"checkpoint.every": 1}
     command = ["ablate", "demo", "--table=words", f"--rows={row}", f"--out={tmp_path}/out"]
     command += [f"--{name}={value}" for name, value in overrides.items()]
-    study = Study("demo", "words", 1, [row], overrides, tmp_path / "out")
+    study = Study("demo", ["words"], 1, [row], overrides, tmp_path / "out")
     first, features, last = study.runs
     drawn = random.Random(time.time_ns())
     moments = {run: f"checkpoints/step-{drawn.randint(1, 2)}" for run in (first, last)} | {features: drawn.choice(["train-000000.tar", "dev-000000.tar"])}
@@ -350,7 +355,7 @@ def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twic
         assert steps == [1, 2, 3]
         one, other = (load_file(checkpoint.best(s.folder(run)) / "model.safetensors") for s in (study, done["words"]))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    unbroken, result = done["words"].result()["rows"][row], json.loads((tmp_path / "out/table-words.json").read_text())["rows"][row]
+    unbroken, result = only(done["words"]).result()["rows"][row], json.loads((tmp_path / "out/table-words.json").read_text())["rows"][row]
     assert result.pop("hours") > 0 < unbroken.pop("hours") and result == unbroken
 
 
@@ -366,36 +371,49 @@ def test_a_table_interrupted_and_started_again_is_the_same_and_nothing_runs_twic
     ],
 )
 def test_runs_of_another_recipe_in_the_same_folder_are_refused(done, overrides, field, value, said):
-    study = Study("demo", "4", 1, [], {**overrides, field: value}, done["4"].out)
+    study = Study("demo", ["4"], 1, [], {**overrides, field: value}, done["4"].out)
     refused = pytest.raises(UserError, match=f"begun with another recipe: {said}. Name another --out") if said else contextlib.nullcontext()
     with refused:
         ablate.ablate(study, "nowhere", 1, "", [])
 
 
 def test_nothing_is_submitted_that_cannot_run(overrides, tmp_path):
-    study = Study("demo", "4", 1, [], overrides | {"data.shards": str(tmp_path)}, tmp_path / "out")
+    study = Study("demo", ["4"], 1, [], overrides | {"data.shards": str(tmp_path)}, tmp_path / "out")
     with pytest.raises(UserError, match="holds no finished shards"):
         ablate.ablate(study, "slurm", 1, "", [])
 
 
 def test_a_study_of_some_rows_shows_all_that_are_done_and_the_page_of_its_run_has_it(done, overrides):
-    some = Study("demo", "9", 1, ["nothing"], overrides, done["9"].out)
-    assert [run.name for run in some.runs] == [run.name for run in (some.rows["nothing"][0].stage1, some.rows["nothing"][0])]
-    assert some.write() == done["9"].write()
+    some = Study("demo", ["9"], 1, ["nothing"], overrides, done["9"].out)
+    assert [run.name for run in some.runs] == [run.name for run in (only(some).rows["nothing"][0].stage1, only(some).rows["nothing"][0])]
+    assert only(some).write() == only(done["9"]).write()
     page = report(some.folder(some.runs[1]), SPLIT, 0).read_text()
     assert "What is frozen in stage 2" in page and "backbone + temporal" in page and "20.40" in page
+
+
+def test_tables_that_are_asked_for_together_are_one_plan_and_each_is_written(done, overrides, capsys):
+    single = [done[name] for name in ("4", "9", "fig2")]
+    several = Study("demo", ["4", "9", "fig2"], 1, [], overrides, done["9"].out)
+    assert sorted(run.name for run in several.runs) == sorted({run.name for study in single for run in study.runs})
+    assert all(several.runs.index(run.stage1) < several.runs.index(run) for run in several.runs if run.stage1)
+    ablate.ablate(several, "nowhere", 1, "", [])
+    said = capsys.readouterr().out
+    assert said.startswith("Table 4. Factorised learning; Table 9. What is frozen in stage 2; Figure 2. Dominance")
+    assert f"{len(several.runs)} runs, {len(several.runs)} of them done" in said and all(only(study).write() in said for study in single)
+    some = Study("demo", ["4", "9"], 1, ["joint", "nothing"], overrides, done["9"].out)
+    assert [run.stage for run in some.runs] == ["stage1", "joint", "stage2"]
 
 
 def test_hours_are_those_of_finished_runs_or_of_the_plan_of_a_gpu(done, overrides, tmp_path):
     known = done["9"].plan().splitlines()
     assert all("done" in line for line in known[1:]) and not any(line.startswith("left") for line in known)
-    more = Study("demo", "9", 2, [], overrides, done["9"].out)
+    more = Study("demo", ["9"], 2, [], overrides, done["9"].out)
     hours = [json.loads(line)["seconds"] for line in (done["9"].folder(done["9"].runs[0]) / "metrics.jsonl").read_text().splitlines()][-1] / 3600
     assert f"{hours:.2f} h   stage1/seed1" in more.plan() and more.plan().splitlines()[-1].startswith("left: ") and "unknown" not in more.plan()
-    half = Study("demo", "6", 1, ["50 %"], overrides, done["9"].out).plan()  # twice the frames take twice the time
+    half = Study("demo", ["6"], 1, ["50 %"], overrides, done["9"].out).plan()  # twice the frames take twice the time
     slow = float(re.search(r"([\d.]+) h   stage1\+stride=2/seed0", half)[1])
     assert slow == pytest.approx(2 * hours, abs=0.006)
-    new = Study("demo", "4", 1, [], overrides, tmp_path)
+    new = Study("demo", ["4"], 1, [], overrides, tmp_path)
     assert new.plan().splitlines()[-1] == "left: 3 runs of unknown length: none of their stage is done"
     assert all("~" in line for line in new.plan("h200", 2).splitlines()[1:]) and "on 2 x H200 by flallm plan" in new.plan("h200", 2)
 
@@ -411,7 +429,7 @@ def test_of_several_seeds_a_table_has_mean_and_standard_deviation():
 
 
 def test_under_the_mean_feature_an_llm_that_reads_words_sees_nothing_of_the_video(done):
-    run = done["words"].rows["words and what the adapter adds"][0]
+    run = only(done["words"]).rows["words and what the adapter adds"][0]
     model, config = load_run(done["words"].folder(run), torch.device("cpu"))
     batch = Clips("dev", replace(config.data, shards=done["words"].overrides["data.shards"]), 0).batch(model.text, [(None, 0)])
     mean = MeanFeature(model)

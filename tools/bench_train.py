@@ -160,9 +160,10 @@ def steps_of_runs(out: Path) -> None:
 def one_pass_vs_two_stages(out: Path) -> None:
     """Computation of one pass against that of stage 1, of writing its features once, and of stage 2 from these, all steps of the demo's recipe."""
     ranks, steps, clips = engine.join(), {}, synthetic.Dials().clips[0]
-    study = Study("demo", "onepass", 1, [], {"data.shards": str(out / "shards"), "llm.path": str(out / "demo-llm")}, out)
-    runs = {"one pass": study.rows["one pass"][0], "stage 1": study.rows["stage 1 then stage 2"][0].stage1}
-    runs["stage 2"] = study.rows["stage 1 then stage 2 from cached features"][0]
+    study = Study("demo", ["onepass"], 1, [], {"data.shards": str(out / "shards"), "llm.path": str(out / "demo-llm")}, out)
+    rows = study.tables["onepass"].rows
+    runs = {"one pass": rows["one pass"][0], "stage 1": rows["stage 1 then stage 2"][0].stage1}
+    runs["stage 2"] = rows["stage 1 then stage 2 from cached features"][0]
     for name, run in runs.items():
         config = study.config(run)
         zero2, batch = start(config, ranks)
@@ -177,7 +178,7 @@ def one_pass_vs_two_stages(out: Path) -> None:
         detail = ", ".join(f"{name} {steps[name][0]} x {seconds[name] * 1000:.0f} ms" for name in steps) + "; medians of 20"
         both = whole["stage 1"] + whole["features"] + whole["stage 2"]
         figure("one_pass_vs_two_stages", whole["one pass"] / both, "ratio", detail)
-        late = study.config(study.rows["one pass with the LLM from a third of it on"][0]).train
+        late = study.config(rows["one pass with the LLM from a third of it on"][0]).train
         waits = round(late.llm_start * late.steps)  # steps that compute what stage 1 does
         ratio = (waits * seconds["stage 1"] + (late.steps - waits) * seconds["one pass"]) / both
         figure("late_one_pass_vs_two_stages", ratio, "ratio", f"the same, of {late.steps} steps {waits} without the LLM")
