@@ -110,15 +110,15 @@ def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_p
     assert json.loads((tmp_path / "out/stage2/scores/dev.json").read_text())["raw"]["num_samples"] == 8
 
 
-def test_a_table_as_arrays_of_jobs(cluster, recipe, tmp_path):
+def test_tables_that_share_their_runs_as_arrays_of_jobs(cluster, recipe, tmp_path):
     command = [
         sys.executable,
         "-m",
         "flallm",
         "ablate",
         recipe,
-        "--table=words",
-        "--rows=features through the adapter",
+        "--table=words,masks",
+        "--rows=features through the adapter,none",
         f"--out={tmp_path}/out",
         "--train.steps=2",
         "--train.dev_every=2",
@@ -131,4 +131,4 @@ def test_a_table_as_arrays_of_jobs(cluster, recipe, tmp_path):
     assert cluster.job(stage1)["JobState"] == cluster.job(features)["JobState"] == "COMPLETED"
     done = subprocess.run([*command, "--where=nowhere"], env=cluster.env, capture_output=True, text=True)
     assert "3 runs, 3 of them done" in done.stdout and "| features through the adapter | " in done.stdout, done.stderr
-    assert (tmp_path / "out/table-words.json").exists()
+    assert all((tmp_path / f"out/table-{name}.json").exists() for name in ("words", "masks"))
