@@ -418,6 +418,44 @@ def test_hours_are_those_of_finished_runs_or_of_the_plan_of_a_gpu(done, override
     assert all("~" in line for line in new.plan("h200", 2).splitlines()[1:]) and "on 2 x H200 by flallm plan" in new.plan("h200", 2)
 
 
+def finished(study: Study, row: str, hypotheses: list[str], references: list[str]) -> None:
+    """What a run of the row leaves behind that a table is made of."""
+    for run in only(study).rows[row]:
+        folder = study.folder(run)
+        for below in (folder / "predictions", folder / "scores"):
+            below.mkdir(parents=True)
+        scores = {name: {"value": 100 * sum(h == r for h, r in zip(hypotheses, references)) / len(references)} for name in ablate.SCORES}
+        (folder / "scores/test.json").write_text(json.dumps({"raw": scores, "swapped_bleu4": 0.0}))
+        rows = [{"key": str(n), "reference": r, "hypothesis": h} for n, (h, r) in enumerate(zip(hypotheses, references))]
+        (folder / "predictions/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for one in (run, run.stage1):
+            if one:
+                study.folder(one).mkdir(parents=True, exist_ok=True)
+                (study.folder(one) / "metrics.jsonl").write_text(json.dumps({"step": 3, "dev_bleu4": 1.0, "seconds": 7200.0}) + "\n")
+
+
+def test_rows_that_were_scored_on_other_sentences_are_not_compared(tmp_path):
+    references = [f"the sentence {n} is said in full{' and again' * (n % 7)}" for n in range(40)]
+    study = Study("demo", ["4"], 1, [], {}, tmp_path)
+    finished(study, "factorised", references, references)
+    finished(study, "joint", [r if n % 2 else "nothing" for n, r in enumerate(references)], references)
+    rows = only(study).result()["rows"]
+    assert rows["joint"]["hours"] == 2 and rows["factorised"]["hours"] == 4 and rows["factorised"]["bleu4"]["ci95"] == [100, 100]
+    draws = ablate.bootstrap([([r if n % 2 else "nothing" for n, r in enumerate(references)], references)], "raw")
+    low, high = rows["joint"]["bleu4"]["ci95"]  # outside of which is a fortieth of the draws at either end
+    assert all(np.mean(outside) == pytest.approx(0.025, abs=0.003) for outside in (draws < low, draws > high))
+    shutil.rmtree(tmp_path / "runs/joint")
+    finished(study, "joint", references, [*references[:-1], "another sentence"])
+    with pytest.raises(UserError, match="were scored on other sentences: they cannot be compared"):
+        only(study).result()
+
+
+def test_dominance_is_of_the_language_model_over_the_encoder():
+    curves = [{"grad_norm/llm": g, "grad_norm/encoder": 1.0, "param_norm/llm": 1.0, "param_norm/encoder": 4.0} for g in (3.0, 0.5, 2.0)]
+    found = ablate.dominance(curves)
+    assert found == {"steps": 3, "grad": {"larger": pytest.approx(2 / 3), "median": 2.0}, "param": {"larger": 0.0, "median": 0.25}}
+
+
 def test_of_several_seeds_a_table_has_mean_and_standard_deviation():
     row = {score: ablate.spread([10.0, 13.0, 16.0]) for score in (*ablate.SCORES, "swapped_bleu4")} | {"hours": 1.0, "paper": {"bleu4": 23.09}}
     row["bleu4"]["ci95"] = [9.0, 17.0]

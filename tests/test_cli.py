@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flallm import cli
+from flallm import UserError, cli
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
@@ -102,6 +102,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, fla
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("flallm: ") and message in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]  # nothing written
+
+
+@pytest.mark.parametrize("part", ["3/3", "-1/3", "1", "a/b", "0/0"])
+def test_a_part_that_is_none_is_refused(part):
+    import make_shards
+
+    with pytest.raises(UserError, match="with i from 0 to n - 1"):
+        make_shards._part(part)
 
 
 def test_the_frame_rate_is_chosen_when_shards_are_made(shards, tmp_path, flallm):

@@ -4,8 +4,10 @@ import collections
 import gzip
 import json
 import pickle
+import re
 
 import pytest
+from sacrebleu.significance import PairedTest
 
 from flallm import UserError, metrics, results
 from flallm.compare import compare
@@ -120,6 +122,8 @@ def runs(tmp_path):
     said_b[12] = "wholly different"
     a = run(tmp_path / "a", said_a, references, "convention: raw\ntrain: {steps: 100, lr_encoder: 0.1}\n")
     b = run(tmp_path / "b", said_b, references, "convention: raw\ntrain: {steps: 200, lr_encoder: 0.1}\nnew: 1\n")
+    file = b / "predictions/test.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))  # keys tell what belongs together
     return a, b, said_a, references
 
 
@@ -135,6 +139,11 @@ def test_compare_shows_scores_with_tests_the_configs_and_the_sentences(runs, tmp
     first = said.index("changed most")
     assert said.index("k12", first) < said.index("k01", first) and "wholly different" in said and "20 of them differ" not in said
     assert "40 sentences, 21 of them differ" in said
+    assert re.search(r"-\d\d\.\d   k12\n", said) and re.search(r"\+\d+\.\d   k01\n", said[first:])
+    said_b = [p["hypothesis"] for p in sorted(map(json.loads, (tmp_path / "b/predictions/test.jsonl").read_text().splitlines()), key=lambda p: p["key"])]
+    for kind, p in zip(("bs", "ar"), words["BLEU-4"][-2:]):  # paired bootstrap, approximate randomization
+        _, theirs = PairedTest([("A", said_a), ("B", said_b)], {"BLEU": metrics.metric("raw", "bleu4")}, [references], kind)()
+        assert p == f"{theirs['BLEU'][1].p_value:.4f}"
 
 
 def test_a_run_beside_itself_is_no_finding(runs):

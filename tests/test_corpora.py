@@ -428,6 +428,18 @@ def test_csl_daily_official_tree(tmp_path, source):
     ]
 
 
+def test_names_of_csl_daily_without_a_split_or_with_an_unknown_one_are_left_out(tmp_path):
+    csl_tree(tmp_path)
+    split = tmp_path / "sentence_label/split_1.txt"
+    split.write_text("name|split\nS000000_P0000_T00|trian\nS000001_P0003_T00|dev\n")
+    (tmp_path / "sentence_label/csl2020ct_v2.pkl").write_bytes(pickle.dumps({"info": CSL_ROWS}))
+    left = [x for x in csl_daily.clips(tmp_path) if isinstance(x, LeftOut)]
+    assert [(x.key, x.cause) for x in left] == [
+        ("S000000_P0000_T00", "its split is none of train, dev, test"),
+        ("S000002_P0001_T00", "has a label but is not in the split file"),
+    ]
+
+
 def test_csl_daily_videos(tmp_path):
     csl_tree(tmp_path)
     (tmp_path / "sentence").rename(tmp_path / "elsewhere")
@@ -509,6 +521,7 @@ def test_isolated_signs_are_joined_into_sentences(tmp_path):
         shown, said = numbers(clip.media), clip.text.replace("thank you", "thank_you").split()
         lengths = {"go": 10, "thank_you": 11, "not": 12}
         assert shown == [first[word.replace("_", " ")] + i for word in said for i in range(lengths[word])]
+        assert len(said) < 3 or synthetic.split_of(tuple(word.replace("_", " ") for word in said)) == clip.split  # in no other one
     for option, message in (
         ("--longest=two", "--longest: 'two' is not a whole number"),
         ("--train=-1", "is not a whole number"),

@@ -107,6 +107,25 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(tmp_path, flallm):
     assert done.returncode == 1 and "does not fit" in done.stdout and "llm.lora.rank" in done.stdout
 
 
+def test_what_ranks_send_and_how_often_to_save_are_those_of_theory(small):
+    config = small("stage2", {"train.batch": 24})
+    eight, sixteen = (figures(config, n) for n in (8, 16))
+    for n, found in ((8, eight), (16, sixteen)):  # in a ring each sends (n - 1) / n of the gradients twice, of four bytes in fp32
+        assert found["communication/gradients"] == pytest.approx(2 * (n - 1) / n * 4 * found["parameters/trained"])
+    # Eight ranks are one node, more a network; gradients are sent behind the backward pass, and weights after it.
+    assert sixteen["communication/exposed"] == pytest.approx(eight["communication/exposed"] * (15 / 16) / (7 / 8) * A100.node / A100.network)
+    for factor in (0.7, 1.4):
+        other = figures(small("stage2", {"train.batch": 24, "checkpoint.minutes": eight["failures/best interval"] * factor / 60}), 8)
+        assert other["failures/lost as set"] > other["failures/lost at best"] == eight["failures/lost at best"]
+
+
+def test_what_is_advised_depends_on_what_there_is_most_of():
+    for activations, state, field in ((90, 5, "train.micro_batches"), (5, 90, "llm.lora.rank"), (5, 5, "")):
+        sizes = {"weights": state, "master weights": 0, "moments": 0, "gradients": 0, "update": 0, "activations": activations, "peak": activations + state}
+        said = cost.advice([cost.Figure("memory", name, size * cost.GIB, "GiB", "") for name, size in sizes.items()], A100)
+        assert field in said and bool(said) is bool(field)
+
+
 def test_without_shards_and_published_lengths_there_is_no_plan():
     with pytest.raises(UserError, match="Lengths without shards are known of phoenix14t"):
         cost.cost(cfg.load("demo", "stage1", {"data.shards": "nowhere"}), 1, A100)

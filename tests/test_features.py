@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from flallm import UserError, decoder, engine, evaluate, shards
-from flallm.features import features
+from flallm.features import about, features
 from flallm.loader import Clips
+from flallm.model.translator import Translator
+from flallm.text import Text
 from flallm.train import train
 from flallm.verify import verify
 
@@ -114,3 +116,20 @@ def test_parts_of_two_caches_are_refused(tmp_path):
         shards.write_tar(tmp_path / f"{name}.tar", [sample], "npy", name)
     with pytest.raises(UserError, match=r"a\.tar was made by another encoder"):
         shards.join(tmp_path, [(tmp_path / "a.tar", "train"), (tmp_path / "b.tar", "train")], {"left_out": []}, "b")
+
+
+def test_features_that_were_made_in_another_way_are_refused(small):
+    config = small("stage1")
+    model, clips = Translator(config, Text(config.llm)), Clips("dev", config.data, 0)
+    made = about(model, config.data, "fp32", 2, 0)
+    other = {field: (8, rf"made with data\.{field}=8, not") for field in ("resize", "crop", "stride", "max_frames")}
+    other |= {"augment": ({"rotate": 5}, "copies augmented in another way"), "encoder_sha256": ("", "features of another encoder")}
+    clips.features = made
+    evaluate.check_features(clips, model)
+    for field, (value, said) in other.items():
+        clips.features = made | {field: value}
+        with pytest.raises(UserError, match=said):
+            evaluate.check_features(clips, model)
+    clips.features, model.input = made, "frames"
+    with pytest.raises(UserError, match="holds sign-wise features"):
+        evaluate.check_features(clips, model)

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import KINDS, save
@@ -20,7 +21,7 @@ from flallm.evaluate import reachable_bleu4
 from flallm.loader import IGNORE, Clips
 from flallm.model.llm import load_llm, untie
 from flallm.model.translator import Translator
-from flallm.pretrain import make_tokenizer
+from flallm.pretrain import make_tokenizer, noise
 from flallm.text import Text
 from flallm.train import check_fits
 
@@ -189,3 +190,22 @@ def test_families_that_do_not_fit_and_folders_that_lack_files_are_named(folders,
         Text(cfg.LLM(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"llm.lora: .*nosuch"):
         load_llm(cfg.LLM(path=str(folders["llama"]), lora=cfg.LoRA(rank=2, targets=("nosuch",))))
+
+
+def test_in_pretraining_about_a_third_of_the_words_is_masked_and_the_others_stay():
+    rng, sentence = np.random.default_rng(0), " ".join(f"w{i}" for i in range(30))
+    seen = [[word for word in noise(sentence, rng).split() if word != "<mask>"] for _ in range(300)]
+    assert 0.25 < 1 - np.mean([len(words) for words in seen]) / 30 < 0.4
+    assert all(set(words) <= set(sentence.split()) and len(set(words)) == len(words) for words in seen)
+    moved = [words != sorted(words, key=lambda word: int(word[1:])) for words in seen]
+    assert 0.4 < np.mean(moved) < 0.6
+
+
+def test_a_text_that_a_model_has_no_places_for_is_refused(folders, tmp_path):
+    shutil.copytree(folders["mbart"], tmp_path / "llm")
+    config = json.loads((tmp_path / "llm/config.json").read_text())
+    (tmp_path / "llm/config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    text = Text(cfg.LLM(path=str(tmp_path / "llm")))
+    assert len(text.start) == 1 and len(text.encode(" ".join(["we"] * 18))) == 19  # the start and these take 20 places
+    with pytest.raises(ValueError, match="its text has 20 tokens, and 19 is what the language model takes"):
+        text.encode(" ".join(["we"] * 19))

@@ -7,6 +7,8 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,12 +20,13 @@ import pytest
 import torch
 from every_frame import every_frame
 
-from flallm import loader, video
+from flallm import loader, video, workers
 from flallm.config import Data
-from flallm.corpora import Clip, VideoFile
+from flallm.corpora import Clip, VideoFile, synthetic
 from flallm.encode import Options, encode
 from flallm.loader import Batch, Clips
 from flallm.plan import Plan, training_groups
+from flallm.shards import make_shards
 
 
 class Letters:
@@ -197,6 +200,12 @@ def test_what_is_decoded_ahead_is_bounded_and_given_back(clips):
     assert memory_ahead() == before
 
 
+def test_as_much_is_decoded_ahead_later_on_as_at_the_beginning(clips):
+    train, before = clips(prefetch_mib=1), memory_ahead()  # at this size several batches fit
+    held = [memory_ahead() - before for _ in batches(train, groups(train) * 4, 0)]
+    assert 2**19 < min(held[:12]) <= max(held) <= 2**20
+
+
 def rank_keys(rank: int, clips: Clips, plan: Plan, out) -> None:
     steps = plan.steps(0)
     found = batches(clips, training_groups(plan, rank, steps, 2 * steps), 1)  # of the second epoch
@@ -261,3 +270,38 @@ def test_augmentation_in_one_step_is_squeezing_then_augmenting():
         for frames, out in ((smooth, direct), (squeezed, in_turn)):
             video.random_crop(frames, 256, video.Augment(), np.random.default_rng(seed), out)
         assert np.abs(direct.astype(int) - in_turn).mean() < 0.5  # a shift by half a pixel makes it 1.4 and more
+
+
+def test_every_clip_epoch_and_seed_has_an_augmentation_of_its_own(tmp_path):
+    (clip,) = synthetic.clips(train=1, dev=0, test=0, size=36)
+    make_shards([replace(clip, key=key) for key in "abcd"], tmp_path, Options(), {"name": "the same clip"}, 1)
+    seen = set()
+    for seed in (0, 1):
+        same = Clips("train", Data(shards=str(tmp_path), resize=36, crop=32), seed)
+        seen |= {batch.frames.numpy().tobytes() for epoch in (0, 1) for batch in batches(same, groups(same, 1, epoch), 0)}
+    assert len(seen) == 4 * 2 * 2
+
+
+def test_augmentation_turns_scales_and_shifts_either_way_as_far_and_as_often_as_it_says():
+    y, x = np.mgrid[:72, :72]
+    places, seen = np.stack([3 * x, 3 * y, 0 * x], -1).astype(np.uint8)[None], np.empty((1, 72, 72, 3), np.uint8)
+    turned, scaled, shifted = [], [], []
+    for seed in range(300):
+        video.random_crop(places, 72, video.Augment(probability=0.2), np.random.default_rng(seed), seen)
+        come_from = seen[0, :, :, :2] / 3  # what is seen at a place, and where it was
+        right, down = (come_from[36, 46] - come_from[36, 26]) / 20
+        turned.append(np.degrees(np.arctan2(down, right)))
+        scaled.append(1 / np.hypot(down, right) - 1)
+        shifted.append(np.hypot(*(come_from[35:37, 35:37].mean((0, 1)) - 35.5)))
+    for values, most in ((turned, 30), (scaled, 0.2)):
+        assert -1.1 * most < min(values) < -0.7 * most and 0.7 * most < max(values) < 1.1 * most
+        assert 0.1 < np.mean(np.abs(values) > 0.1 * most) < 0.3
+    assert 2 < max(shifted) < 1.1 * 2**0.5 * 10 * 72 / 256 / 0.8  # pixels of a 256-pixel frame, before a scale of 0.8
+
+
+def test_workers_that_die_as_soon_as_they_are_started_are_an_error_and_no_end_of_lost_clips(monkeypatch):
+    monkeypatch.setattr(workers, "STARTS", 4)
+    with workers.Workers(1, "flallm.decoder", os._exit, (1,)) as pool, pytest.raises(RuntimeError, match="die as soon as they are started"):
+        for _ in range(4):
+            with suppress(workers.Lost):
+                pool.start(int, timeout=9)()

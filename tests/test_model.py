@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from flallm import config as cfg
+from flallm.evaluate import decode_split
 from flallm.loader import Batch, Clips
 from flallm.model.light_t import light_t
 from flallm.model.translator import Translator
@@ -208,3 +210,11 @@ def test_a_bad_clip_in_a_batch_is_named_and_the_rest_goes_on(setting):
     empty = batch_of(model, clips, 1)
     loss, _ = model.train()(empty)
     assert empty.tokens == 0 and loss.item() == 0
+
+
+def test_a_look_at_some_clips_takes_them_from_all_over_the_split(setting):
+    config, model, clips = setting
+    alone = SimpleNamespace(rank=0, world_size=1, first=True, device=torch.device("cpu"), gather=lambda value: [value])
+    said, bad = decode_split(model, config, "train", alone, replace(config.decode, max_tokens=2, beam=1), workers=0, limit=3)
+    metas = [clips.shards.meta(n) for n in (0, 11, 23)]
+    assert sorted((p.key, p.reference) for p in said) == sorted((meta["key"], meta["text"]) for meta in metas) and not bad

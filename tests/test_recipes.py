@@ -1,5 +1,6 @@
 """The recipes of the paper: its numbers, and a source beside each."""
 
+import json
 import re
 from pathlib import Path
 
@@ -158,3 +159,20 @@ def test_the_learning_rate_falls_along_a_cosine_from_the_first_step():
     train = cfg.load("phoenix14t", "stage1").train
     assert [round(schedule(train, step, 100), 6) for step in (0, 50, 100)] == [1, 0.5, 0]
     assert [round(schedule(train, step, 100, start=0.5), 6) for step in (0, 49, 50, 75, 100)] == [0, 0, 1, 0.5, 0]  # of an LLM that begins later
+
+
+@pytest.mark.parametrize(
+    "settings,said",
+    [
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "bf16 in .* would be filled in from the recipe: leave it out"),
+        ({"gradient_clipping": 5}, "gradient_clipping in .* would be filled in from the recipe: leave it out"),
+        ({"zero_optimization": {"stage": 0}}, "stage is 0 in .*; 1, 2 and 3 are supported"),
+        ({"zero_optimization": 2}, "holds no settings of DeepSpeed"),
+    ],
+)
+def test_settings_of_deepspeed_that_are_not_its_files_to_make_are_refused(tmp_path, settings, said):
+    from flallm.engine import deepspeed_config
+
+    (tmp_path / "own.json").write_text(json.dumps(settings))
+    with pytest.raises(cfg.UserError, match=said):
+        deepspeed_config(cfg.load("demo", "stage1", {"train.deepspeed": str(tmp_path / "own.json")}).train, "cpu")

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from axe_playwright_python.sync_playwright import Axe
 from conftest import SMALL
 from playwright.sync_api import sync_playwright
@@ -12,11 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flallm import config as cfg
 from flallm import engine, plots, report
+from flallm import probe as probes
 from flallm.corpora import synthetic
 from flallm.encode import Options
-from flallm.evaluate import evaluate
+from flallm.evaluate import Prediction, evaluate
+from flallm.loader import Batch
 from flallm.probe import probe
-from flallm.shards import make_shards
+from flallm.shards import Shards, make_shards
 from flallm.train import SHOWN, train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -86,6 +89,45 @@ def test_probes_tell_a_run_that_sees_from_one_that_cannot(runs):
     assert seeing["videos"]["another clip's"]["changed"] == 1 and seeing["videos"]["the mean feature"]["changed"] > 0.5
     assert "hardly looks" in blind["verdict"] and blind["repeated"]["share"] == 1
     assert seeing["groups"]["sentence is in the training text"]["num_samples"] == CLIPS and seeing["overlap"]["hypothesis"]["sentences"] == 1
+    swapped = [json.loads((runs / "seeing/scores/dev.json").read_text())[name] for name in ("swapped_bleu4", "raw")]
+    assert swapped[0] < 50 < swapped[1]["bleu4"]["value"]
+
+
+def test_videos_are_spoilt_clip_by_clip_in_the_way_that_is_said():
+    frames, lengths = torch.arange(8 * 2 * 2 * 3, dtype=torch.uint8).reshape(8, 2, 2, 3), torch.tensor([5, 3])
+    video = Batch(frames, lengths, torch.zeros(2, 1), ["a", "b"], ["", ""], [])
+    order = {change: change(video).frames[:, 0, 0, 0].div(12, rounding_mode="floor").tolist() for change in (probes._reverse, probes._freeze)}
+    assert list(order.values()) == [[4, 3, 2, 1, 0, 7, 6, 5], [2] * 5 + [6] * 3]
+    features = replace(video, frames=torch.randn(8, 500) * torch.tensor([3.0] * 5 + [0.1] * 3)[:, None])
+    for batch in (video, features):
+        noise = probes._noise(batch)
+        alone = replace(batch, frames=batch.frames[5:], lengths=lengths[1:], keys=["b"])
+        assert noise.frames.shape == batch.frames.shape and torch.equal(noise.frames[5:], probes._noise(alone).frames)
+    spread = [part.std().item() for part in noise.frames.split([5, 3])]
+    assert spread == pytest.approx([3.0, 0.1], rel=0.1)
+
+
+def test_a_split_is_scored_in_parts_by_signer_and_length(shards):
+    dev = Shards(shards, "dev")
+    right = [Prediction(meta["key"], meta["text"], meta["text"]) for meta in dev.metas()]
+    groups = {name: part["num_samples"] for name, part in probes._parts(right, "raw", dev, probes.training_clips(str(shards)))["groups"].items()}
+    assert groups["signer is not in training"] == len(right) and "signer is in training" not in groups
+    assert sum(count for name, count in groups.items() if "words" in name) == len(right) and len(groups) > 4
+    train = [meta | {"signer": dev.meta(0)["signer"]} for meta in probes.training_clips(str(shards))]
+    those = [meta["signer"] for meta in dev.metas()].count(dev.meta(0)["signer"])
+    assert probes._parts(right, "raw", dev, train)["groups"]["signer is in training"]["num_samples"] == those
+
+
+def test_what_the_page_works_out_itself():
+    nearest = report.Nearest(["am samstag regnet es im süden", "heute nacht regnet es", "am samstag schneit es im norden", "und nun das wetter"])
+    assert nearest("am samstag regnet es im norden länger") == "am samstag regnet es im süden" and nearest("ganz anders") == ""
+    missed, wrong = report._differences(["a", "b", "c"], ["a", "x", "c", "d"], "a b c", "a x c d")
+    assert [part for part, differs in missed if differs] == ["b"] and [part for part, differs in wrong if differs] == ["x", "d"]
+    # 30 seconds: 5 on dev, and of the others a quarter waiting, then none.
+    rows = [{"dev_seconds": 5.0}, {"seconds": 25.0, "data_wait_share": 0.25}, {"seconds": 30.0, "data_wait_share": 0.0}]
+    assert report._time(rows) == [("training steps", 20.0), ("waiting for data", 5.0), ("dev scores", 5.0)]
+    (waiting,) = report._charts([{"step": 7, "data_wait_share": 0.25}])
+    assert (waiting["unit"], waiting["x"], waiting["series"][0]["values"]) == ("%", [7], [25.0])
 
 
 def test_every_figure_is_the_same_on_another_number_of_ranks(runs, tmp_path):

@@ -42,7 +42,9 @@ def test_shards_are_ordinary_webdataset(shards):
         assert {"key", "text", "gloss", "signer", "num_frames", "fps", "width", "height", "source"} == set(meta)
         assert sample["__key__"] == meta["key"] and "." not in meta["key"]
         assert ours.read(i) == (sample["mp4"], meta)
+        assert (ours.index["frames"][i], ours.index["text_length"][i]) == (meta["num_frames"], len(meta["text"]))
     assert i + 1 == len(ours) == 24
+    assert {p.stat().st_mode & 0o777 for p in shards.glob("*.index.safetensors")} == {0o644}  # for all who share a cluster
 
 
 def test_a_killed_run_resumes_to_equal_bytes_on_a_terminal_too(tmp_path):
@@ -287,8 +289,20 @@ def test_a_fitting_file_is_copied_and_a_large_one_made_smaller(tmp_path):
     assert encode(Clip("k", "train", "t", VideoFile(str(path))), Options())[0] == data
     _, meta = encode(Clip("k", "train", "t", VideoFile(str(path))), Options(short_side=32, fps=12.5))
     assert (meta["width"], meta["height"], meta["fps"]) == (32, 32, 12.5)
+    for option, value in (("short_side", 32), ("fps", 12.5)):  # one alone is enough
+        _, meta = encode(Clip("k", "train", "t", VideoFile(str(path))), Options(**{option: value}))
+        assert meta[{"short_side": "height"}.get(option, option)] == value
     _part, meta = encode(Clip("k", "train", "t", VideoFile(str(path), 0.4, 0.8)), Options())
     assert meta["num_frames"] == 10
+
+
+def test_quality_and_keyframes_are_those_of_the_options():
+    *_, clip = synthetic.clips(train=3, dev=0, test=0, size=64)
+    sizes = [len(encode(clip, Options(crf=crf))[0]) for crf in (12, 22, 32)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1.5 * sizes[2]
+    with av.open(io.BytesIO(encode(clip, Options(gop=8))[0])) as container:
+        keyframes = [i for i, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+    assert keyframes == list(range(0, 8 * len(keyframes), 8)) and len(keyframes) > 4
 
 
 def test_a_clip_of_shards_that_other_tools_wrote_anew_is_encoded_again(tmp_path):

@@ -206,3 +206,16 @@ def test_the_cache_keeps_within_its_size(server, tmp_path):
         train.read(i)
     folders = {folder: sum(p.stat().st_size for p in folder.iterdir()) for folder in tmp_path.iterdir()}
     assert len(folders) > 5 and max(folders.values()) <= 6000
+
+
+def test_of_a_full_cache_the_oldest_goes_first(server, tmp_path):
+    for n in range(store.FOLDERS):
+        old = tmp_path / f"{n:02x}/old"
+        old.parent.mkdir()
+        old.touch()
+        os.truncate(old, 100_000)
+        os.utime(old, (0, 0))
+    train = Shards(server.address, "train", str(tmp_path), cache_gib=store.FOLDERS * 100_000 / 2**30)  # of some 10 kB a sample
+    first = [train.read(i) for i in range(len(train))]
+    asked = len(server.requests)
+    assert [train.read(i) for i in range(len(train))] == first and len(server.requests) == asked

@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from conftest import SMALL
 from every_frame import every_frame
 
-from flallm import UserError, engine, translate, video
+from flallm import UserError, doctor, engine, translate, video
 from flallm import config as cfg
 from flallm.corpora import VideoFile
 from flallm.evaluate import load_run
@@ -86,6 +86,14 @@ def test_stretches_of_a_video_hold_its_frames_of_that_time(run, loaded, cut):
         assert np.array_equal(frames, video.centre_crop(every[first : last : config.data.stride], config.data.crop))
 
 
+def test_a_video_and_its_last_stretch_end_with_the_last_frame(shards, small, tmp_path):
+    content, meta = Shards(shards, "test").read(0)
+    (tmp_path / "0.mp4").write_bytes(content)
+    whole, stretches = (list(translate._clips(str(tmp_path / "0.mp4"), None, window, small("stage1"))) for window in (0.0, 0.48))
+    assert [(one.start, one.end) for one, _ in whole] == [(0, meta["num_frames"] / 25)]
+    assert len(stretches) > 2 and [one.end for one, _ in stretches] == [*(round(0.48 * n, 3) for n in range(1, len(stretches))), meta["num_frames"] / 25]
+
+
 @pytest.mark.parametrize("fps", (0, 20, 25, 30))
 def test_a_segment_has_the_frames_of_a_clip_that_is_cut_for_training_at_the_same_times(run, loaded, fps):
     config = cfg.override(loaded[1], {"data.fps": fps})
@@ -148,6 +156,19 @@ def test_segments_that_are_none_are_one_clear_line(tmp_path, text):
         translate.read_segments(tmp_path / "s")
 
 
+def test_segments_are_taken_in_the_order_of_time(tmp_path):
+    (tmp_path / "s").write_text("start end\n3 4\n0.5 2 a note\n\n1 2\n")
+    assert translate.read_segments(tmp_path / "s") == [(0.5, 2), (1, 2), (3, 4)]
+
+
+def test_a_line_is_what_its_format_asks_for():
+    one = translate.Translation("a.mp4", 1.5, 3661.25, "a text")
+    assert translate.line(one, "srt", 2, True, False) == "2\n00:00:01,500 --> 01:01:01,250\na text\n"
+    assert translate.line(one, "vtt", 2, True, False) == "2\n00:00:01.500 --> 01:01:01.250\na text\n"
+    timed = [translate.line(one, "text", 2, timed, several) for timed, several in ((False, False), (True, False), (False, True))]
+    assert timed == ["a text", "1.50\t3661.25\ta text", "a.mp4\ta text"]
+
+
 def test_doctor_says_what_is_there_and_what_is_not(shards, llm, tmp_path, flallm):
     rows = flallm("doctor", "demo", f"--data.shards={shards}", f"--llm.path={llm}", f"--run_dir={tmp_path}", cwd=tmp_path)
     assert rows.returncode == 0, rows.stdout + rows.stderr
@@ -158,3 +179,14 @@ def test_doctor_says_what_is_there_and_what_is_not(shards, llm, tmp_path, flallm
         (tmp_path / "cut" / file.name).write_bytes(file.read_bytes()[: 2000 if file.name == "test-000000.tar" else None])
     rows = flallm("doctor", "demo", f"--data.shards={tmp_path / 'cut'}", f"--llm.path={tmp_path / 'no'}", f"--run_dir={tmp_path}", cwd=tmp_path)
     assert rows.returncode == 1 and "MISS  data: test" in rows.stdout and "MISS  language model" in rows.stdout and "Traceback" not in rows.stderr
+
+
+def test_doctor_names_samples_that_are_broken_and_is_content_with_the_packages_of_pyproject(shards, small, tmp_path):
+    copied = shutil.copytree(shards, tmp_path / "shards")
+    shard = bytearray((copied / "dev-000000.tar").read_bytes())
+    shard[int(Shards(shards, "dev").index["video_offset"][3]) + 500] ^= 1
+    (copied / "dev-000000.tar").write_bytes(shard)
+    rows = {what: (state, said) for state, what, said in doctor._shards(small("stage1", {"data.shards": str(copied)}))}
+    assert [rows[f"data: {split}"][0] for split in ("train", "dev", "test")] == ["OK", "MISS", "OK"]
+    assert rows["data: dev"][1].startswith("1 of 8 are broken, as dev sample 3: ")
+    assert next(doctor._packages()) == ("OK", "packages", "as pyproject.toml asks for")
