@@ -44,8 +44,8 @@ def export(run: Path, out: Path, merge: bool, licence: str) -> None:
     """Writes the folder. merge: LoRA's updates are added to the weights under them."""
     if out.exists():
         raise UserError(f"{out} exists already")
-    make_folder(out.parent)
     model, config = load_run(run, torch.device("cpu"))
+    make_folder(out.parent)
     apart = model.base and not merge
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)

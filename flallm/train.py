@@ -70,7 +70,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     if found:
         checkpoint.load_model(found[0], model)
     text, total = model.text, config.train.steps or plan.total(config.train.epochs)
-    check_fits(config, max(clips.used.max(), dev_clips.used.max()), model)
+    check_fits(config, np.concatenate([clips.used, dev_clips.used]).max(), model)
     check_features(clips, model)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     dev_every = config.train.dev_every or plan.steps(0)

@@ -33,7 +33,6 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
     """Writes the trimmed model of a folder or hub name to `out` and returns what there is to say. most: tokens of the file `text` to keep besides."""
     if out.exists():
         raise UserError(f"{out} exists already")
-    make_folder(out.parent)
     model = load_llm(LLM(path=path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -43,6 +42,7 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
         raise UserError(f"the tokenizer of {path} is not one of the tokenizers library")
     counts = {split: _count(tokenizer, _texts(Shards(shards, split))) for split in ("train", *sorted({*splits_of(shards)} - {"train"}))}
     frequent = _count(tokenizer, read_text(text, "a sentence a line was expected there").splitlines()) if text else Counter()
+    make_folder(out.parent)
     before, parameters = model.get_input_embeddings().num_embeddings, model.num_parameters()
     kept, small = trim_tokenizer(tokenizer, {*counts.pop("train"), *(i for i, _ in frequent.most_common(most))})
     trim_model(model, kept)

@@ -65,3 +65,5 @@ def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_
     rows = [re.split(r"(?<!\\)\|", line) for line in card.splitlines() if line.startswith("| ")]
     assert len(rows) > 4 and {len(row) for row in rows} == {8}  # no cell is cut by what stands in it
     assert str(trained) not in (tmp_path / "out/config.yaml").read_text() + card and "base_model" not in card
+    inside = flallm("export", trained / "lora", tmp_path / "out/README.md/x", cwd=tmp_path)
+    assert inside.returncode == 2 and inside.stderr == f"flallm: {tmp_path}/out/README.md cannot be made: File exists\n"

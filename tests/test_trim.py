@@ -112,3 +112,5 @@ def test_trim_keeps_what_training_says_and_tells_what_the_others_lose(shards, tm
     done = flallm(*command[:-1], "--most=no", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert flallm(*command, cwd=tmp_path).stderr == f"flallm: {tmp_path / 'more'} exists already\n"
+    done = flallm("trim", model, f"--shards={shards}", f"--out={more}/x", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == f"flallm: {more} cannot be made: File exists\n"
