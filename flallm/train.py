@@ -52,7 +52,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
 
     Stage 2 takes its encoder from the best checkpoint of the run `stage1`. Exits with `AGAIN` after a signal to stop, once all is saved.
     """
-    clips, dev_clips = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
+    clips, dev = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
     if clips.features and config.frozen != "encoder":
         raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
     if config.data.fps not in (0, clips.shards.fps):
@@ -70,7 +70,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     if found:
         checkpoint.load_model(found[0], model)
     text, total = model.text, config.train.steps or plan.total(config.train.epochs)
-    check_fits(config, np.concatenate([clips.used, dev_clips.used]).max(), model)
+    check_fits(config, np.concatenate([clips.used, dev.used]).max(), model)
     check_features(clips, model)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     dev_every = config.train.dev_every or plan.steps(0)
@@ -109,13 +109,13 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             stop, written, due = step.flags
             if state.skipped_in_a_row >= config.train.max_skipped:
                 give_up(writer, log, f"{config.train.max_skipped} steps in a row had to be left out, see {run}/skipped.jsonl; the last good checkpoint is kept")
-            dev = None
+            score = None
             if state.step % dev_every == 0 or state.step == total:
                 with engines.whole(engine):
-                    dev = look_at_dev(model, config, ranks, log)
+                    score = look_at_dev(model, config, ranks, log)
             try:
-                if dev is not None or stop or due or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
-                    writer.save(engine, log.up_to_now(), dev)
+                if score is not None or stop or due or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+                    writer.save(engine, log.up_to_now(), score)
                 elif written == ranks.world_size:
                     writer.settle()
                 if stop or state.step == total:

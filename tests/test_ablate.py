@@ -473,8 +473,12 @@ def test_under_the_mean_feature_an_llm_that_reads_words_sees_nothing_of_the_vide
     mean = MeanFeature(model)
     with torch.no_grad(), mean.taken():
         seen = model._read(model.features(batch), batch.lengths)["inputs_embeds"][0]
+    given = {}
     with torch.no_grad(), mean.put_in(SimpleNamespace(sum=lambda *values: list(values), device="cpu")):
+        for name in ("adapter", "words"):  # after the hooks that put the mean in
+            model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: given.update({name: inputs[0]}))
         read = model._read(model.features(batch), batch.lengths)["inputs_embeds"][0]
+    assert given.keys() == {"adapter", "words"} and all(torch.equal(features, features[:1].expand_as(features)) for features in given.values())
     assert len(read) > 3 and torch.allclose(read, read[:1].expand_as(read)) and not torch.allclose(seen, seen[:1].expand_as(seen))
 
 

@@ -131,6 +131,7 @@ def test_help_names_every_option(command, tmp_path, flallm):
         ("stage2: {stesp: 5}\n", "own.yaml: stage2: there is no field 'stesp': did you mean steps?"),
         ("stage1:\n", "own.yaml: stage1: None is not a section"),
         ("stage1: {steps: 4}\nstage1: {batch: 8}\n", "'stage1' is there twice"),
+        ("data: !!map [a, b]\n", "own.yaml cannot be read as YAML"),
         ("name: a/b\n", "name: 'a/b' is to be a folder's name"),
     ],
 )

@@ -58,7 +58,6 @@ def synthetic(
     counts = dict(zip(("train", "dev", "test"), turned.clips))
     counts |= {name: cli.whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
     numbers = {"seed": cli.whole("seed", seed), **counts, "size": cli.whole("size", size, 16)}
-
     if numbers["size"] > 1024:
         raise UserError(f"--size: {size} is over 1024 pixels")
 
