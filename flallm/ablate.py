@@ -188,15 +188,16 @@ class Study:
                 Clips(split, config.data, config.seed)
             Text(config.llm)
 
-    def plan(self, gpu: str | None = None, ranks: int = 1) -> str:
+    def plan(self, gpu: str = GPU, ranks: int = 1) -> str:
         """The runs, what is done of them, and the hours: of what is to be done, from the seconds that a frame took in finished runs of the same stage and
-        input, and where there are none, what `flallm plan` has for so many ranks of that GPU."""
+        input, and where there are none, what `flallm plan` has for so many ranks of that GPU, or of this machine's CPU."""
         from flallm import cost
 
         @cache
-        def planned(run: Run) -> float | None:
+        def planned(run: Run, cached: bool) -> float | None:
             try:
-                figures = cost.cost(self.config(run), ranks, cost.DEVICES[gpu])
+                config = self.config(run)
+                figures = cost.cost(config, ranks, cost.find(gpu, ranks, config.train), cached=cached)
             except UserError:  # such as of a machine without the language model: what is done can be shown all the same
                 return None
             return next(figure.value for figure in figures if figure.name == "run") / 3600
@@ -208,9 +209,8 @@ class Study:
         frames = {run: steps[run] * config.train.batch / config.data.stride for run, config in configs.items()}  # times as many as a clip has on average
         pace = {one: np.mean([done[run] / frames[run] for run in done if kind[run] == one]) for one in {kind[run] for run in done}}
         left = {run: frames[run] * pace[kind[run]] for run in self.runs if run not in done and kind[run] in pace}
-        # Of stage 2 from features nothing is known before there are some.
-        guessable = [run for run in self.runs if gpu and run not in done | left and run.stage != "features" and not run.features]
-        guessed = {run: hours for run in guessable if (hours := planned(replace(run, seed=0, stage1=None))) is not None}
+        guessable = [run for run in self.runs if run not in done | left and run.stage != "features"]
+        guessed = {run: hours for run in guessable if (hours := planned(replace(run, seed=0, stage1=None, features=None), bool(run.features))) is not None}
         new = [run for run in self.runs if run not in done]
         lines = [
             f"{'; '.join(table.title for table in self.tables.values())}: {len(self.runs)} runs, {len(self.runs) - len(new)} of them done, on {self.recipe}"
@@ -222,7 +222,7 @@ class Study:
         unknown = len(new) - len(left) - len(guessed)
         sums = [f"{sum(left.values()):.2f} h"] if left else []
         if guessed:
-            sums.append(f"~{sum(guessed.values()):.2f} h on {ranks} x {cost.DEVICES[gpu].name} by flallm plan")
+            sums.append(f"~{sum(guessed.values()):.2f} h on {ranks} x {gpu.upper()} by flallm plan")
         if unknown:
             sums.append(f"{unknown} runs of unknown length: none of their stage is done")
         return "\n".join([*lines, f"left: {', '.join(sums)}"] if sums else lines)
@@ -334,7 +334,7 @@ def ablate(study: Study, where: str, ranks: int, sbatch: str, command: list[str]
     import torch
 
     study.check_begun()
-    print(study.plan(GPU if where != "here" or torch.cuda.is_available() else None, ranks), flush=True)
+    print(study.plan("cpu" if where == "here" and not torch.cuda.is_available() else GPU, ranks), flush=True)
     left = [run for run in study.runs if not study.done(run)]
     if where != "nowhere":
         study.check(left)

@@ -178,11 +178,9 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
     def work() -> int:
         from flallm import cost
 
-        devices = cost.DEVICES | {"cpu": cost.here(ranks)}
-        if gpu not in devices:
-            raise UserError(f"--gpu: {gpu!r} is none of {', '.join(devices)}")
-        code, device = 0, devices[gpu]
+        code = 0
         for one in resolved:
+            device = cost.find(gpu, ranks, one.train)
             figures = cost.cost(one, ranks, device, float(clips_per_s) if clips_per_s else None)
             print(f"{one.name or recipe} {one.stage} on {ranks} x {device.name}\n{cost.show(figures)}\n")
             if too_much := cost.advice(figures, device):

@@ -126,9 +126,8 @@ class Train:
     max_grad_norm: float = 1.0  # a gradient with a larger one is scaled down to it
     label_smoothing: float = 0.2  # [P]
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
-    mask_frames: int = (
-        0  # in stage 2: SpecAugment's two masks set fewer than so many of a clip's features in a row to 0 in training, each less than half of them …
-    )
+    # In stage 2: SpecAugment's two masks set fewer than so many of a clip's features in a row to 0 in training, each less than half of them …
+    mask_frames: int = 0
     mask_channels: int = 0  # … and two more fewer than so many channels
     frozen: str | None = None  # nothing | backbone | encoder (that is backbone and temporal module); none: the encoder in stage 2, else nothing
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32

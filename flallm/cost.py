@@ -13,6 +13,7 @@ import json
 import math
 import os
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flallm import UserError, engine
-from flallm.config import Config
+from flallm.config import Config, Train
 from flallm.loader import Batch, Clips
 from flallm.model.llm import ATTENTION
 from flallm.model.translator import Translator
@@ -42,6 +43,8 @@ TOKEN = 4  # characters
 # operations: a line through steps of 8 to 64 clips on an H100 (docs/gpu.md).
 TENSOR = 0.5e-3  # seconds a tensor
 MFU = 0.12  # share of the peak
+# The same of a CPU, whose peak is the rate at which it multiplies two matrices: `tools/bench_train.py cpu_share`, docs/scale.md.
+CPU_SHARE = {"bf16": 0.15, "fp32": 0.48}
 HIDDEN = 2 / 3  # of a step's computation is the backward pass, behind which gradients are sent
 SNAPSHOT = 8.0  # [assumed] GB/s from a GPU into the host's memory, while a checkpoint holds training up
 DISK = 1.0  # [assumed] GB/s of a node into a shared file system
@@ -55,7 +58,7 @@ DECODE = 1.5e-3  # core-seconds a used frame takes with augmentation: 49.6 clips
 @dataclass(frozen=True)
 class Device:
     """Peak dense bf16 rate (TFLOP/s), memory (GiB), and what a GPU sends in one direction inside a node and between nodes of 8 (GB/s);
-    from the makers' data sheets."""
+    from the makers' data sheets. reached: the share of that rate that a step has."""
 
     name: str
     tflops: float
@@ -64,6 +67,7 @@ class Device:
     network: float = 0.0
     kind: str = "cuda"
     context: float = 1.7  # GiB that the process takes before it has a model, on an H100 by docs/gpu.md
+    reached: float = MFU
 
 
 DEVICES = {
@@ -289,14 +293,30 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms"
 
 
-def here(world_size: int) -> Device:
-    """A rank of this machine without a GPU."""
-    return Device("CPU", 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / world_size, kind="cpu", context=0.8)
+def find(name: str, world_size: int, train: Train) -> Device:
+    """One of `DEVICES` by its name, or with cpu a rank of this machine without a GPU, whose rate is measured (10 ms)."""
+    if name != "cpu":
+        if name not in DEVICES:
+            raise UserError(f"--gpu: {name!r} is none of {', '.join(DEVICES)}, cpu")
+        return DEVICES[name]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / world_size
+    half_precision, threads = engine.computes_in_bf16(train, "cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    matrix, seconds = torch.randn(512, 512, dtype=torch.bfloat16 if half_precision else torch.float32), []
+    for _ in range(20):
+        began = time.thread_time()  # whatever else the core does
+        matrix @ matrix
+        seconds.append(time.thread_time() - began)
+    torch.set_num_threads(threads)
+    rate = 2 * len(matrix) ** 3 / min(seconds) / 1e12 * len(os.sched_getaffinity(0)) / world_size
+    return Device("CPU", rate, memory, kind="cpu", context=0.8, reached=CPU_SHARE["bf16" if half_precision else "fp32"])
 
 
-def cost(config: Config, world_size: int, device: Device, clips_per_s: float | None = None) -> list[Figure]:
-    """Every figure of one stage. clips_per_s: of the whole job, where it was measured. Raises UserError where the plan has too few clips for the ranks."""
-    return list(_figures(config, world_size, device, clips_per_s, *_lengths(config)))
+def cost(config: Config, world_size: int, device: Device, clips_per_s: float | None = None, cached: bool = False) -> list[Figure]:
+    """Every figure of one stage. clips_per_s: of the whole job, where it was measured. cached: as if it read features of the shards' clips, in place of video.
+    Raises UserError where the plan has too few clips for the ranks."""
+    *lengths, features = _lengths(config)
+    return list(_figures(config, world_size, device, clips_per_s, *lengths, features or cached))
 
 
 def _lengths(config: Config) -> tuple[np.ndarray, np.ndarray, str, float, bool]:
@@ -374,39 +394,27 @@ def _figures(
     flops = step.flops / int(frames[clips].sum()) * used
     encoder = f", {step.encoder_flops / step.flops:.0%} of them the encoder's" if step.encoder_flops else ""
     yield Figure("computation", "operations", flops / 1e12, "TFLOP", f"a step and rank, {used:.1f} used frames{encoder}")
-    seconds = n / epoch_steps / (clips_per_s or math.inf)
-    how = f"{clips_per_s:g} clips/s as given" if clips_per_s else "give the --clips_per_s that were measured"
-    if device.tflops and not clips_per_s:
-        launches = TENSOR * step.tensors * train.micro_batches
-        compute = launches + flops / (MFU * device.tflops * 1e12) / balance
-        how = f"at {MFU:.0%} of {device.tflops:g} TFLOP/s, on the slowest rank by balance, and {duration(launches)} to launch it: both as on an H100"
+    if clips_per_s:
+        seconds, how = n / epoch_steps / clips_per_s, f"{clips_per_s:g} clips/s as given"
+    else:
+        launches, of, sent = TENSOR * step.tensors * train.micro_batches, f"{device.reached:.0%} of {device.tflops:.3g} TFLOP/s", []
+        if device.kind == "cuda":
+            compute = launches + flops / (device.reached * device.tflops * 1e12) / balance
+            how = f"at {of}, on the slowest rank by balance, and {duration(launches)} to launch it: both as on an H100"
+            sent = _communication(config, step, N, device, compute)
+        else:
+            compute = flops / (device.reached * device.tflops * 1e12) / balance
+            how = f"at {of}, what this rank's cores multiply matrices at; decoding and what ranks send not counted"
         yield Figure("computation", "time", compute, "s", how)
-        link, where = 1e9 * (device.node if N <= 8 else device.network), "in the node" if N <= 8 else "a GPU over the network"
-        # A ring sends what it reduces once and, for all to have it, once more. ZeRO-3 gathers weights for each pass instead.
-        three = engine.deepspeed_config(train, device.kind)["zero_optimization"]["stage"] == 3
-        ring, whose, behind = "all-reduce in a ring", "what ranks have updated", "the backward pass, 2/3 of the computation"
-        reduced, gathered = (N - 1) / N * 2 * step.reduced * train.micro_batches, (N - 1) / N * 4 * trained
-        if three:
-            ring, whose, behind = "reduce-scatter", "all, for each forward and each backward pass", "the computation"
-            reduced, gathered = reduced / 2, (N - 1) / N * 4 * 2 * train.micro_batches * (trained + frozen)
-        hidden = min((reduced + gathered) / link, compute) if three else min(reduced / link, HIDDEN * compute)
-        waits = LATENCY * 2 * step.norms * train.micro_batches * (N > 1) * config.encoder.global_batch_norm
-        exposed = (reduced + gathered) / link - hidden + waits
-        bytes_each = f"{step.reduced / trained:.1f} bytes a parameter"
-        yield Figure("communication", "gradients", reduced, "GB", f"sent by a rank a step: {ring}, {bytes_each}")
-        yield Figure("communication", "weights", gathered, "GB", f"sent by a rank a step: all-gather of {whose}, fp32")
-        yield Figure("communication", "hidden", hidden, "s", f"behind {behind}, at {link / 1e9:g} GB/s {where}")
-        how = f"the rest, and {step.norms} BatchNorms over ranks, twice {LATENCY * 1e6:.0f} us each [assumed]"
-        yield Figure("communication", "exposed", exposed, "s", how)
-        seconds = compute + exposed
-        how = f"computation + exposed communication: {n / epoch_steps / seconds:.1f} clips/s"
-    if seconds:
-        yield Figure("time", "step", seconds, "s", how)
-        yield Figure("time", "run", steps * seconds, "s", "all steps; looks at the dev split not counted")
-        if not features:
-            how = f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/scale.md); data.workers is {config.data.workers}"
-            yield Figure("reading", "decoding cores", used / seconds * DECODE, "a GPU", how)
-        yield Figure("reading", "bytes", clip_bytes * n / epoch_steps / seconds / 1e6, "MB/s", f"by all ranks: {clip_bytes / 1e3:.0f} kB a clip")
+        yield from sent
+        seconds = compute + sum(figure.value for figure in sent if figure.name == "exposed")
+        how = f"computation{' + exposed communication' * bool(sent)}: {n / epoch_steps / seconds:.1f} clips/s"
+    yield Figure("time", "step", seconds, "s", how)
+    yield Figure("time", "run", steps * seconds, "s", "all steps; looks at the dev split not counted")
+    if not features:
+        how = f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/scale.md); data.workers is {config.data.workers}"
+        yield Figure("reading", "decoding cores", used / seconds * DECODE, "a GPU", how)
+    yield Figure("reading", "bytes", clip_bytes * n / epoch_steps / seconds / 1e6, "MB/s", f"by all ranks: {clip_bytes / 1e3:.0f} kB a clip")
 
     weights, moments = 4 * (trained + frozen), (8 if train.optimizer == "adamw" else 4) * trained
     blocked, written = (weights + moments / N) / (SNAPSHOT * 1e9), (weights + moments) / (DISK * 1e9)
@@ -420,6 +428,28 @@ def _figures(
     for name, interval in (("lost at best", max(best, written)), ("lost as set", config.checkpoint.minutes * 60 or best)):
         how = f"of the time, a checkpoint every {duration(interval)}: writing + redoing + {RESTART:g} s to start again [assumed]"
         yield Figure("failures", name, blocked / interval + interval / 2 / mtbf + RESTART / mtbf, "%", how)
+
+
+def _communication(config: Config, step: Step, N: int, device: Device, compute: float) -> list[Figure]:
+    """What a rank sends in a step that computes for so many seconds, and how long it waits for that."""
+    train, (trained, frozen) = config.train, (sum(part[i] for part in step.parts.values()) for i in (0, 1))
+    link, where = 1e9 * (device.node if N <= 8 else device.network), "in the node" if N <= 8 else "a GPU over the network"
+    # A ring sends what it reduces once and, for all to have it, once more. ZeRO-3 gathers weights for each pass instead.
+    three = engine.deepspeed_config(train, device.kind)["zero_optimization"]["stage"] == 3
+    ring, whose, behind = "all-reduce in a ring", "what ranks have updated", "the backward pass, 2/3 of the computation"
+    reduced, gathered = (N - 1) / N * 2 * step.reduced * train.micro_batches, (N - 1) / N * 4 * trained
+    if three:
+        ring, whose, behind = "reduce-scatter", "all, for each forward and each backward pass", "the computation"
+        reduced, gathered = reduced / 2, (N - 1) / N * 4 * 2 * train.micro_batches * (trained + frozen)
+    hidden = min((reduced + gathered) / link, compute) if three else min(reduced / link, HIDDEN * compute)
+    waits = LATENCY * 2 * step.norms * train.micro_batches * (N > 1) * config.encoder.global_batch_norm
+    rows = (
+        ("gradients", reduced, "GB", f"sent by a rank a step: {ring}, {step.reduced / trained:.1f} bytes a parameter"),
+        ("weights", gathered, "GB", f"sent by a rank a step: all-gather of {whose}, fp32"),
+        ("hidden", hidden, "s", f"behind {behind}, at {link / 1e9:g} GB/s {where}"),
+        ("exposed", (reduced + gathered) / link - hidden + waits, "s", f"the rest, and {step.norms} BatchNorms over ranks, twice {LATENCY * 1e6:.0f} us each [assumed]"),
+    )  # fmt: skip
+    return [Figure("communication", *row) for row in rows]
 
 
 def advice(figures: list[Figure], device: Device) -> str:

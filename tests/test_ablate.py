@@ -414,8 +414,10 @@ def test_hours_are_those_of_finished_runs_or_of_the_plan_of_a_gpu(done, override
     slow = float(re.search(r"([\d.]+) h   stage1\+stride=2/seed0", half)[1])
     assert slow == pytest.approx(2 * hours, abs=0.006)
     new = Study("demo", ["4"], 1, [], overrides, tmp_path)
-    assert new.plan().splitlines()[-1] == "left: 3 runs of unknown length: none of their stage is done"
-    assert all("~" in line for line in new.plan("h200", 2).splitlines()[1:]) and "on 2 x H200 by flallm plan" in new.plan("h200", 2)
+    for gpu in ("h200", "cpu"):
+        assert all("~" in line for line in new.plan(gpu, 2).splitlines()[1:]) and f"on 2 x {gpu.upper()} by flallm plan" in new.plan(gpu, 2)
+    cached = Study("demo", ["onepass"], 1, ["stage 1 then stage 2 from cached features"], overrides, tmp_path).plan("cpu")
+    assert "? h   stage1/seed0/features" in cached and re.search(r"~[\d.]+ h   stage2\+cached/seed0", cached) and "1 runs of unknown length" in cached
 
 
 def finished(study: Study, row: str, hypotheses: list[str], references: list[str]) -> None:

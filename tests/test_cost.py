@@ -119,6 +119,17 @@ def test_what_ranks_send_and_how_often_to_save_are_those_of_theory(small):
         assert other["failures/lost as set"] > other["failures/lost at best"] == eight["failures/lost at best"]
 
 
+def test_a_cpu_has_hours_of_its_own_and_features_leave_out_the_encoder(small):
+    config = small("stage2")
+    one, two, features = (figures(config, n, cost.find("cpu", n, config.train), cached=cached) for n, cached in ((1, False), (2, False), (1, True)))
+    assert one["computation/operations"] == pytest.approx(2 * two["computation/operations"], rel=0.1)
+    assert one["computation/operations"] > 1.2 * features["computation/operations"]
+    assert one["time/step"] == one["computation/time"] > 0 and "communication/exposed" not in two and "reading/decoding cores" not in features
+    device = cost.find("cpu", 1, config.train)
+    faster = figures(config, 1, replace(device, tflops=3 * device.tflops))
+    assert figures(config, 1, device)["time/run"] == pytest.approx(3 * faster["time/run"])
+
+
 def test_what_is_advised_depends_on_what_there_is_most_of():
     for activations, state, field in ((90, 5, "train.micro_batches"), (5, 90, "llm.lora.rank"), (5, 5, "")):
         sizes = {"weights": state, "master weights": 0, "moments": 0, "gradients": 0, "update": 0, "activations": activations, "peak": activations + state}

@@ -21,7 +21,7 @@ from flallm.evaluate import reachable_bleu4
 from flallm.loader import IGNORE, Clips
 from flallm.model.llm import load_llm, untie
 from flallm.model.translator import Translator
-from flallm.pretrain import make_tokenizer, noise
+from flallm.pretrain import make_tokenizer, noise, pretrain
 from flallm.text import Text
 from flallm.train import check_fits
 
@@ -57,6 +57,19 @@ def test_loss_and_answer_of_a_clip_do_not_depend_on_its_batch(built, kind, stack
     answers = model.translate(together, config.decode)
     assert answers == [model.translate(b, config.decode)[0] for b in alone]
     assert stack > 1 or len(set(answers)) > 1
+
+
+def test_a_model_that_was_pretrained_here_knows_the_next_word_from_those_before_it(tmp_path):
+    sentences = ["we saw peter", "peter saw the red house", "the house is red", "is peter here"]
+    pretrain(sentences * 8, tmp_path / "llm", vocabulary=60, layers=1, width=48, heads=2, steps=100, batch=16)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "llm"), AutoTokenizer.from_pretrained(tmp_path / "llm")
+    losses = []
+    for sentence in sentences:
+        ids = tokenizer(f"<s>{sentence}</s>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, 1:], decoder_input_ids=ids[:, :-1]).logits
+        losses.append(float(nn.functional.cross_entropy(logits[0], ids[0, 1:])))
+    assert np.mean(losses) < 0.75 * np.log(len(tokenizer))  # of chance; 0.95 where each word is learnt from itself
 
 
 def test_words_are_put_together_from_tokens_and_chinese_ones_stand_alone(folders, tmp_path):

@@ -188,6 +188,14 @@ def test_the_cache_spares_requests_and_an_altered_entry_is_noticed_and_dropped(s
         assert len(server.requests) == asked + len(here)  # each is asked for once more
 
 
+def test_two_addresses_in_one_cache_are_not_taken_for_each_other(server, tmp_path):
+    for name in ("first", "other"):
+        server.folder = tmp_path / name
+        server.folder.mkdir()
+        (server.folder / "dev-000000.tar").write_text(name)
+        assert store.Store(f"{server.address}/{name}", str(tmp_path / "cache")).read("dev-000000.tar", 0, 5) == name.encode()
+
+
 def test_a_cache_that_cannot_be_written_costs_no_clip(server, shards, tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     assert_the_same(Shards(server.address, "dev", str(tmp_path / "cache")), Shards(shards, "dev"))

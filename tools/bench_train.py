@@ -24,7 +24,7 @@ import torch.distributed as dist
 from bench import chosen, figure, small_llm
 
 from flallm import config as cfg
-from flallm import engine
+from flallm import cost, engine
 from flallm.ablate import Study
 from flallm.corpora import synthetic
 from flallm.encode import Options
@@ -184,6 +184,32 @@ def one_pass_vs_two_stages(out: Path) -> None:
         figure("late_one_pass_vs_two_stages", ratio, "ratio", f"the same, of {late.steps} steps {waits} without the LLM")
 
 
+def cpu_share(out: Path) -> None:
+    """Of the rate at which a core multiplies two matrices, what steps of stage 1 and of joint training on one core have: flallm plan's `CPU_SHARE`."""
+    ranks = engine.join()
+    torch.set_num_threads(1)
+    for precision in ("bf16", "fp32"):
+        shares, details = [], []
+        for stage in ("stage1", "joint"):
+            config = cfg.load("demo", stage, {"data.shards": str(out / "shards"), "llm.path": str(out / "demo-llm"), "train.precision": precision})
+            zero2, batch = start(config, ranks)
+            operations = cost.dry_step(config, zero2.module.text, batch.lengths.tolist(), batch.labels.shape[1]).flops
+            seconds = []
+            for _ in range(13):
+                began = time.process_time()
+                engine.train_step(zero2, [batch], ranks)
+                seconds.append(time.process_time() - began)
+            rate = cost.find("cpu", len(os.sched_getaffinity(0)), config.train).tflops
+            shares.append(operations / statistics.median(seconds) / rate / 1e12)
+            details.append(f"{stage} {operations / 1e9:.1f} GFLOP in {statistics.median(seconds) * 1000:.0f} ms")
+        figure(
+            f"cpu_share_{precision}",
+            statistics.mean(shares),
+            "share",
+            f"{', '.join(details)} of a core's time; matrices {rate * 1000:.0f} GFLOP/s; medians of 13",
+        )
+
+
 @torch.no_grad()
 def encode(model: Translator, batch: Batch) -> None:
     model.eval()
@@ -242,6 +268,7 @@ FIGURES = {
     "start_seconds": start_seconds,
     "sync_share": ranked(sync_share),
     "one_pass_vs_two_stages": ranked(one_pass_vs_two_stages),
+    "cpu_share": lambda out: engine.launch(cpu_share, 1, out),  # in bf16 and fp32
 }
 
 
