@@ -81,7 +81,7 @@ class Study:
         if "seed" in overrides:
             raise UserError("--seed: a table has --seeds=n of them, 0 to n - 1")
         self.overrides = every | overrides
-        self.usual = {stage: _fields(cfg.load(recipe, stage, self.overrides)) for stage in cfg.STAGES}
+        self.usual = {stage: _fields(self.load(stage)) for stage in cfg.STAGES}
         names = dict.fromkeys(row["name"] for table in tables for row in known[table]["rows"])
         if unknown := [row for row in rows if row not in names]:
             raise UserError(f"--rows: table {', '.join(tables)} has no row {unknown[0]!r} but {', '.join(names)}")
@@ -89,6 +89,11 @@ class Study:
         scored = [(name, run) for table in self.tables.values() for name, runs in table.rows.items() for run in runs]
         self.every = _in_order([run for _, run in scored])  # a table shows what is done of all its rows
         self.runs = _in_order([run for name, run in scored if name in (rows or names)])  # of these rows
+
+    def load(self, stage: str, fields: dict[str, object] | None = None) -> Config:
+        """The recipe with what the command line has and these fields. Joint training reads signs, whatever the LLM of stage 2 is to."""
+        chosen = self.overrides | (fields or {})
+        return cfg.load(self.recipe, stage, {name: value for name, value in chosen.items() if (stage, name) != ("joint", "llm.input")})
 
     def run(self, row: dict, cached: bool, seed: int) -> Run:
         """The run of a table's row. cached: whether its stage 2 reads features that are written once."""
@@ -105,7 +110,7 @@ class Study:
         """The field that makes a stage so many times as long."""
         if not times:
             return {}
-        train = cfg.load(self.recipe, stage, self.overrides).train
+        train = self.load(stage).train
         return {"train.steps": math.ceil(train.steps * times)} if train.steps else {"train.epochs": round(train.epochs * times, 2)}
 
     def _changes(self, stage: str, fields: dict) -> tuple[tuple[str, object], ...]:
@@ -114,13 +119,13 @@ class Study:
             section, _, field = str(value).partition(".")
             if section[:1] == "=" and section[1:] in cfg.STAGES:
                 fields = fields | {name: self.usual[section[1:]][field]}
-        found = _fields(cfg.load(self.recipe, stage, self.overrides | fields))
+        found = _fields(self.load(stage, fields))
         return tuple(sorted((name, found[name]) for name in fields if found[name] != self.usual[stage][name]))
 
     def config(self, run: Run) -> Config:
         if run.stage == "features":
             return self.config(run.stage1)
-        return cfg.load(self.recipe, run.stage, self.overrides | dict(run.changes) | {"seed": run.seed})
+        return self.load(run.stage, dict(run.changes) | {"seed": run.seed})
 
     def config_to_train(self, run: Run) -> Config:
         """With the shards that it reads, of video or of features."""
@@ -268,7 +273,7 @@ class Table:
         """The table as a dict, of the rows of which every run is done."""
         done = {name: runs for name, runs in self.rows.items() if all(self.study.scores(run) for run in runs)}
         rows = {row["name"]: row for row in self.spec["rows"]}
-        convention = cfg.load(self.study.recipe, "stage1", self.study.overrides).convention
+        convention = self.study.load("stage1").convention
         said = {name: [results.pairs(self.study.folder(run) / f"predictions/{SPLIT}.jsonl") for run in runs] for name, runs in done.items()}
         found = {}
         resampled = {name: bootstrap([(h, r) for h, r, _ in runs], convention) for name, runs in said.items()}

@@ -413,7 +413,7 @@ def _figures(
     yield Figure("time", "run", steps * seconds, "s", "all steps; looks at the dev split not counted")
     if not features:
         how = f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/scale.md); data.workers is {config.data.workers}"
-        yield Figure("reading", "decoding cores", used / seconds * DECODE, "a GPU", how)
+        yield Figure("reading", "decoding cores", used / seconds * DECODE, "a GPU" if device.kind == "cuda" else "a rank", how)
     yield Figure("reading", "bytes", clip_bytes * n / epoch_steps / seconds / 1e6, "MB/s", f"by all ranks: {clip_bytes / 1e3:.0f} kB a clip")
 
     weights, moments = 4 * (trained + frozen), (8 if train.optimizer == "adamw" else 4) * trained

@@ -155,6 +155,12 @@ def test_a_recipe_that_states_a_default_has_the_same_runs(tmp_path):
     assert [run.name for run in ours.runs] == [run.name for run in theirs.runs]
 
 
+def test_what_the_llm_is_to_read_is_said_of_stage_2_and_joint_training_reads_signs(tmp_path):
+    study = Study("demo", ["4"], 1, [], {"llm.input": "words"}, tmp_path)
+    inputs = {run.stage: study.config(run).llm.input for run in study.runs}
+    assert inputs == {"stage1": "words", "joint": "signs", "stage2": "words"} and len(study.runs) == 3
+
+
 def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):
     runs = {run for table in DIFFERENCES for run in Study("phoenix14t", [table], 2, [], {}, tmp_path).runs}
     assert len({run.name for run in runs}) == len(runs)
