@@ -92,8 +92,7 @@ class Study:
 
     def load(self, stage: str, fields: dict[str, object] | None = None) -> Config:
         """The recipe with what the command line has and these fields. Joint training reads signs, whatever the LLM of stage 2 is to."""
-        chosen = self.overrides | (fields or {})
-        return cfg.load(self.recipe, stage, {name: value for name, value in chosen.items() if (stage, name) != ("joint", "llm.input")})
+        return cfg.load(self.recipe, stage, self.overrides | (fields or {}) | ({"llm.input": "signs"} if stage == "joint" else {}))
 
     def run(self, row: dict, cached: bool, seed: int) -> Run:
         """The run of a table's row. cached: whether its stage 2 reads features that are written once."""
@@ -104,6 +103,8 @@ class Study:
         first = every | row.get("stage1", {}) | self._length("stage1", row.get("stage1_length"))
         stage1 = Run("stage1", self._changes("stage1", first), seed)
         features = Run("features", (), seed, stage1) if cached else None
+        if cached and ((config := self.load(stage, own)).llm.input == "frames" or config.frozen != "encoder"):
+            raise UserError(f"row {row['name']!r} reads features that are written once: with llm.input=frames or an encoder that trains it would need video")
         return Run(stage, self._changes(stage, own), seed, stage1, features)
 
     def _length(self, stage: str, times: float | None) -> dict[str, object]:
@@ -193,17 +194,20 @@ class Study:
                 Clips(split, config.data, config.seed)
             Text(config.llm)
 
-    def plan(self, gpu: str = GPU, ranks: int = 1) -> str:
+    def plan(self, gpu: str, ranks: int) -> str:
         """The runs, what is done of them, and the hours: of what is to be done, from the seconds that a frame took in finished runs of the same stage and
         input, and where there are none, what `flallm plan` has for so many ranks of that GPU, or of this machine's CPU."""
         from flallm import cost
+
+        causes = []  # why there is no plan, such as of a machine without the language model: what is done can be shown all the same
 
         @cache
         def planned(run: Run, cached: bool) -> float | None:
             try:
                 config = self.config(run)
-                figures = cost.cost(config, ranks, cost.find(gpu, ranks, config.train), cached=cached)
-            except UserError:  # such as of a machine without the language model: what is done can be shown all the same
+                figures = cost.cost(config, ranks, cost.device(gpu, ranks, config.train), cached=cached)
+            except UserError as error:
+                causes.append(error)
                 return None
             return next(figure.value for figure in figures if figure.name == "run") / 3600
 
@@ -227,9 +231,10 @@ class Study:
         unknown = len(new) - len(left) - len(guessed)
         sums = [f"{sum(left.values()):.2f} h"] if left else []
         if guessed:
-            sums.append(f"~{sum(guessed.values()):.2f} h on {ranks} x {gpu.upper()} by flallm plan")
+            name = "this CPU" if gpu == "cpu" else cost.DEVICES[gpu].name
+            sums.append(f"~{sum(guessed.values()):.2f} h on {ranks} x {name} by flallm plan")
         if unknown:
-            sums.append(f"{unknown} runs of unknown length: none of their stage is done")
+            sums.append(f"unknown hours of {unknown}: {causes[0] if causes else 'no features have been written yet'}")
         return "\n".join([*lines, f"left: {', '.join(sums)}"] if sums else lines)
 
     def train(self, run: Run, ranks) -> None:

@@ -180,7 +180,7 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
 
         code = 0
         for one in resolved:
-            device = cost.find(gpu, ranks, one.train)
+            device = cost.device(gpu, ranks, one.train)
             figures = cost.cost(one, ranks, device, float(clips_per_s) if clips_per_s else None)
             print(f"{one.name or recipe} {one.stage} on {ranks} x {device.name}\n{cost.show(figures)}\n")
             if too_much := cost.advice(figures, device):

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -43,8 +44,8 @@ TOKEN = 4  # characters
 # operations: a line through steps of 8 to 64 clips on an H100 (docs/gpu.md).
 TENSOR = 0.5e-3  # seconds a tensor
 MFU = 0.12  # share of the peak
-# The same of a CPU, whose peak is the rate at which it multiplies two matrices: `tools/bench_train.py cpu_share`, docs/scale.md.
-CPU_SHARE = {"bf16": 0.15, "fp32": 0.48}
+# The same of a CPU, whose peak is the rate at which its cores multiply two matrices: an EPYC with AVX512-BF16, docs/scale.md.
+CPU_SHARE = {"bf16": 0.15, "fp32": 0.47}
 HIDDEN = 2 / 3  # of a step's computation is the backward pass, behind which gradients are sent
 SNAPSHOT = 8.0  # [assumed] GB/s from a GPU into the host's memory, while a checkpoint holds training up
 DISK = 1.0  # [assumed] GB/s of a node into a shared file system
@@ -58,7 +59,7 @@ DECODE = 1.5e-3  # core-seconds a used frame takes with augmentation: 49.6 clips
 @dataclass(frozen=True)
 class Device:
     """Peak dense bf16 rate (TFLOP/s), memory (GiB), and what a GPU sends in one direction inside a node and between nodes of 8 (GB/s);
-    from the makers' data sheets. reached: the share of that rate that a step has."""
+    from the makers' data sheets; the rate of a CPU is measured. reached: the share of that rate that a step has."""
 
     name: str
     tflops: float
@@ -293,30 +294,42 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms"
 
 
-def find(name: str, world_size: int, train: Train) -> Device:
-    """One of `DEVICES` by its name, or with cpu a rank of this machine without a GPU, whose rate is measured (10 ms)."""
+def device(name: str, world_size: int, train: Train) -> Device:
+    """One of `DEVICES` by its name, or with cpu a rank of this machine without a GPU, whose rate is measured."""
     if name != "cpu":
         if name not in DEVICES:
             raise UserError(f"--gpu: {name!r} is none of {', '.join(DEVICES)}, cpu")
         return DEVICES[name]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / world_size
-    half_precision, threads = engine.computes_in_bf16(train, "cpu"), torch.get_num_threads()
+    gib, cores = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, len(os.sched_getaffinity(0))
+    precision = "bf16" if engine.computes_in_bf16(train, "cpu") else "fp32"
+    return Device(
+        "CPU", _core(precision) * (cores // world_size or cores / world_size), gib / world_size, kind="cpu", context=0.8, reached=CPU_SHARE[precision]
+    )
+
+
+@cache
+def _core(precision: str) -> float:
+    """TFLOP/s at which a core multiplies two matrices, whatever else it does."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    matrix, seconds = torch.randn(512, 512, dtype=torch.bfloat16 if half_precision else torch.float32), []
+    matrix, seconds = torch.randn(512, 512, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision]), []
     for _ in range(20):
-        began = time.thread_time()  # whatever else the core does
+        began = time.thread_time()
         matrix @ matrix
         seconds.append(time.thread_time() - began)
     torch.set_num_threads(threads)
-    rate = 2 * len(matrix) ** 3 / min(seconds) / 1e12 * len(os.sched_getaffinity(0)) / world_size
-    return Device("CPU", rate, memory, kind="cpu", context=0.8, reached=CPU_SHARE["bf16" if half_precision else "fp32"])
+    return 2 * len(matrix) ** 3 / min(seconds) / 1e12
 
 
 def cost(config: Config, world_size: int, device: Device, clips_per_s: float | None = None, cached: bool = False) -> list[Figure]:
     """Every figure of one stage. clips_per_s: of the whole job, where it was measured. cached: as if it read features of the shards' clips, in place of video.
     Raises UserError where the plan has too few clips for the ranks."""
-    *lengths, features = _lengths(config)
-    return list(_figures(config, world_size, device, clips_per_s, *lengths, features or cached))
+    frames, texts, source, clip_bytes, features = _lengths(config)
+    if (features or cached) and config.llm.input == "frames":
+        raise UserError(f"llm.input=frames needs shards of video: {config.data.shards} is to be read as features")
+    if cached:
+        clip_bytes = frames.mean() * config.encoder.channels * 2
+    return list(_figures(config, world_size, device, clips_per_s, frames, texts, source, clip_bytes, features or cached))
 
 
 def _lengths(config: Config) -> tuple[np.ndarray, np.ndarray, str, float, bool]:
@@ -397,14 +410,15 @@ def _figures(
     if clips_per_s:
         seconds, how = n / epoch_steps / clips_per_s, f"{clips_per_s:g} clips/s as given"
     else:
-        launches, of, sent = TENSOR * step.tensors * train.micro_batches, f"{device.reached:.0%} of {device.tflops:.3g} TFLOP/s", []
+        compute, sent = flops / (device.reached * device.tflops * 1e12) / balance, []
+        how = (
+            f"at {device.reached:.0%} of the {device.tflops:.3g} TFLOP/s at which this rank's cores multiply matrices; decoding and what ranks send not counted"
+        )
         if device.kind == "cuda":
-            compute = launches + flops / (device.reached * device.tflops * 1e12) / balance
-            how = f"at {of}, on the slowest rank by balance, and {duration(launches)} to launch it: both as on an H100"
+            launches = TENSOR * step.tensors * train.micro_batches
+            compute += launches
+            how = f"at {device.reached:.0%} of {device.tflops:g} TFLOP/s, on the slowest rank by balance, and {duration(launches)} to launch it: both as on an H100"
             sent = _communication(config, step, N, device, compute)
-        else:
-            compute = flops / (device.reached * device.tflops * 1e12) / balance
-            how = f"at {of}, what this rank's cores multiply matrices at; decoding and what ranks send not counted"
         yield Figure("computation", "time", compute, "s", how)
         yield from sent
         seconds = compute + sum(figure.value for figure in sent if figure.name == "exposed")

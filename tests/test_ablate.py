@@ -156,9 +156,17 @@ def test_a_recipe_that_states_a_default_has_the_same_runs(tmp_path):
 
 
 def test_what_the_llm_is_to_read_is_said_of_stage_2_and_joint_training_reads_signs(tmp_path):
-    study = Study("demo", ["4"], 1, [], {"llm.input": "words"}, tmp_path)
-    inputs = {run.stage: study.config(run).llm.input for run in study.runs}
-    assert inputs == {"stage1": "words", "joint": "signs", "stage2": "words"} and len(study.runs) == 3
+    (tmp_path / "words.yaml").write_text("base: demo\nllm: {input: words}\n")
+    for recipe, overrides in (("demo", {"llm.input": "words"}), (str(tmp_path / "words.yaml"), {})):
+        study = Study(recipe, ["4"], 1, [], overrides, tmp_path)
+        inputs = {run.stage: study.config(run).llm.input for run in study.runs}
+        assert inputs == {"stage1": "words", "joint": "signs", "stage2": "words"} and len(study.runs) == 3
+
+
+@pytest.mark.parametrize("field,value", [("llm.input", "frames"), ("train.frozen", "backbone")])
+def test_rows_from_cached_features_are_refused_where_video_is_needed(field, value, tmp_path):
+    with pytest.raises(UserError, match="row 'none' reads features that are written once"):
+        Study("demo", ["masks"], 1, [], {field: value}, tmp_path)
 
 
 def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):
@@ -410,20 +418,28 @@ def test_tables_that_are_asked_for_together_are_one_plan_and_each_is_written(don
     assert [run.stage for run in some.runs] == ["stage1", "joint", "stage2"]
 
 
-def test_hours_are_those_of_finished_runs_or_of_the_plan_of_a_gpu(done, overrides, tmp_path):
-    known = done["9"].plan().splitlines()
+def test_hours_are_those_of_finished_runs_or_of_flallm_plan(done, overrides, tmp_path):
+    known = done["9"].plan("cpu", 1).splitlines()
     assert all("done" in line for line in known[1:]) and not any(line.startswith("left") for line in known)
     more = Study("demo", ["9"], 2, [], overrides, done["9"].out)
     hours = [json.loads(line)["seconds"] for line in (done["9"].folder(done["9"].runs[0]) / "metrics.jsonl").read_text().splitlines()][-1] / 3600
-    assert f"{hours:.2f} h   stage1/seed1" in more.plan() and more.plan().splitlines()[-1].startswith("left: ") and "unknown" not in more.plan()
-    half = Study("demo", ["6"], 1, ["50 %"], overrides, done["9"].out).plan()  # twice the frames take twice the time
+    assert (
+        f"{hours:.2f} h   stage1/seed1" in more.plan("cpu", 1)
+        and more.plan("cpu", 1).splitlines()[-1].startswith("left: ")
+        and "unknown" not in more.plan("cpu", 1)
+    )
+    half = Study("demo", ["6"], 1, ["50 %"], overrides, done["9"].out).plan("cpu", 1)  # twice the frames take twice the time
     slow = float(re.search(r"([\d.]+) h   stage1\+stride=2/seed0", half)[1])
     assert slow == pytest.approx(2 * hours, abs=0.006)
     new = Study("demo", ["4"], 1, [], overrides, tmp_path)
-    for gpu in ("h200", "cpu"):
-        assert all("~" in line for line in new.plan(gpu, 2).splitlines()[1:]) and f"on 2 x {gpu.upper()} by flallm plan" in new.plan(gpu, 2)
-    cached = Study("demo", ["onepass"], 1, ["stage 1 then stage 2 from cached features"], overrides, tmp_path).plan("cpu")
-    assert "? h   stage1/seed0/features" in cached and re.search(r"~[\d.]+ h   stage2\+cached/seed0", cached) and "1 runs of unknown length" in cached
+    for gpu, name in (("h200", "H200"), ("cpu", "this CPU")):
+        said = new.plan(gpu, 2)
+        assert all("~" in line for line in said.splitlines()[1:]) and f"on 2 x {name} by flallm plan" in said
+    cached = Study("demo", ["onepass"], 1, ["stage 1 then stage 2 from cached features"], overrides, tmp_path).plan("cpu", 1)
+    assert "? h   stage1/seed0/features" in cached and re.search(r"~[\d.]+ h   stage2\+cached/seed0", cached)
+    assert cached.endswith("unknown hours of 1: no features have been written yet")
+    lost = Study("demo", ["4"], 1, [], overrides | {"llm.path": "/nowhere/llm"}, tmp_path).plan("cpu", 1)
+    assert "unknown hours of 3: llm.path: /nowhere/llm is no folder" in lost
 
 
 def finished(study: Study, row: str, hypotheses: list[str], references: list[str]) -> None:

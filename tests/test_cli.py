@@ -70,6 +70,7 @@ def test_names_and_options_are_frozen():
         (["stage1", "phoenix14t", "--train.epochs=0"], "train.epochs: 0.0 is not more than 0"),
         (["stage1", "demo", "--data.workers=-1"], "data.workers: -1 is less than 0"),
         (["plan", "phoenix14t", "--world_size=8", "--stage=stage1", "--clips_per_s=fast"], "--clips_per_s: 'fast' is not a number above 0"),
+        (["plan", "phoenix14t", "--world_size=8", "--gpu=a100"], "--gpu: 'a100' is none of a100-40, a100-80, h100-80, h200, cpu"),
         (["stage1", "nosuch"], "no recipe 'nosuch'"),
         (["stage1", "bad.yaml"], "bad.yaml: data: workers: 'two' is not a whole number"),
         (["stage1", "demo", "stray"], "stray"),

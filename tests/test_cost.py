@@ -1,5 +1,6 @@
 """What `flallm plan` says, against what a model is and does."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -119,15 +120,28 @@ def test_what_ranks_send_and_how_often_to_save_are_those_of_theory(small):
         assert other["failures/lost as set"] > other["failures/lost at best"] == eight["failures/lost at best"]
 
 
-def test_a_cpu_has_hours_of_its_own_and_features_leave_out_the_encoder(small):
-    config = small("stage2")
-    one, two, features = (figures(config, n, cost.find("cpu", n, config.train), cached=cached) for n, cached in ((1, False), (2, False), (1, True)))
-    assert one["computation/operations"] == pytest.approx(2 * two["computation/operations"], rel=0.1)
-    assert one["computation/operations"] > 1.2 * features["computation/operations"]
-    assert one["time/step"] == one["computation/time"] > 0 and "communication/exposed" not in two and "reading/decoding cores" not in features
-    device = cost.find("cpu", 1, config.train)
-    faster = figures(config, 1, replace(device, tflops=3 * device.tflops))
-    assert figures(config, 1, device)["time/run"] == pytest.approx(3 * faster["time/run"])
+def test_a_cpu_has_hours_by_what_its_cores_multiply(small, monkeypatch):
+    """With a clock that goes on by a second whenever it is looked at."""
+    cost._core.cache_clear()
+    monkeypatch.setattr(cost.time, "thread_time", itertools.count().__next__)
+    monkeypatch.setattr(cost.os, "sched_getaffinity", lambda _: range(4))
+    config, rates = small("stage2"), {}
+    for world_size in (1, 2, 3, 8):  # of four cores
+        device = cost.device("cpu", world_size, config.train)
+        rates[world_size] = device.tflops * 1e12 / (2 * 512**3)
+        found = figures(config, world_size, device)
+        seconds = found["computation/operations"] * 1e12 / (device.reached * device.tflops * 1e12) / found["data/balance"]
+        assert found["time/step"] == pytest.approx(seconds) and found["time/run"] == pytest.approx(seconds * found["data/steps"])
+        assert "communication/exposed" not in found and device.reached == cost.CPU_SHARE["fp32"]
+    cost._core.cache_clear()
+    assert rates == pytest.approx({1: 4, 2: 2, 3: 1, 8: 0.5})
+
+
+def test_features_leave_out_the_encoder_and_decoding(small):
+    video, features = (figures(small("stage2"), 1, cached=cached) for cached in (False, True))
+    assert video["computation/operations"] > 1.2 * features["computation/operations"] and "reading/decoding cores" not in features
+    with pytest.raises(UserError, match=r"llm\.input=frames needs shards of video"):
+        figures(small("stage2", {"llm.input": "frames"}), 1, cached=True)
 
 
 def test_what_is_advised_depends_on_what_there_is_most_of():

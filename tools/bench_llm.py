@@ -77,7 +77,7 @@ def plan_memory_error(out: Path) -> None:
         MBartConfig(**shape).save_pretrained(out)
         config = cfg.load("phoenix14t", stage, {"llm.path": str(out), "train.precision": precision, "encoder.weights": "none"})
         text = cost.Words(shape["vocab_size"])
-        planned = cost.memory(config, cost.dry_step(config, text, lengths, 30), 1, cost.find("cpu", 1, config.train))[-1].value
+        planned = cost.memory(config, cost.dry_step(config, text, lengths, 30), 1, cost.device("cpu", 1, config.train))[-1].value
         measured, _ = _alone(_peak, config, text, lengths)
         errors.append(abs(planned - measured) / measured)
         detail.append(f"{stage} {precision} {planned / 2**30:.2f} planned, {measured / 2**30:.2f} measured")
