@@ -220,19 +220,19 @@ class Study:
         left = {run: frames[run] * pace[kind[run]] for run in self.runs if run not in done and kind[run] in pace}
         guessable = [run for run in self.runs if run not in done | left and run.stage != "features"]
         guessed = {run: hours for run in guessable if (hours := planned(replace(run, seed=0, stage1=None, features=None), bool(run.features))) is not None}
-        new = [run for run in self.runs if run not in done]
+        new, about = [run for run in self.runs if run not in done], ">" if gpu == "cpu" else "~"  # of a CPU the plan leaves decoding out
         lines = [
             f"{'; '.join(table.title for table in self.tables.values())}: {len(self.runs)} runs, {len(self.runs) - len(new)} of them done, on {self.recipe}"
         ]
         for number, run in enumerate(self.runs):
-            hours = next((f"{mark}{found[run]:.2f} h" for mark, found in (("", done), ("", left), ("~", guessed)) if run in found), "? h")
+            hours = next((f"{mark}{found[run]:.2f} h" for mark, found in (("", done), ("", left), (about, guessed)) if run in found), "? h")
             unit = "pass " if run.stage == "features" else "steps"
             lines.append(f"{number:4}  {'done ' if run in done else 'to do'}  {steps[run]:8} {unit} {hours:>10}   {run.name}")
         unknown = len(new) - len(left) - len(guessed)
         sums = [f"{sum(left.values()):.2f} h"] if left else []
         if guessed:
             name = "this CPU" if gpu == "cpu" else cost.DEVICES[gpu].name
-            sums.append(f"~{sum(guessed.values()):.2f} h on {ranks} x {name} by flallm plan")
+            sums.append(f"{about}{sum(guessed.values()):.2f} h on {ranks} x {name} by flallm plan")
         if unknown:
             sums.append(f"unknown hours of {unknown}: {causes[0] if causes else 'no features have been written yet'}")
         return "\n".join([*lines, f"left: {', '.join(sums)}"] if sums else lines)
