@@ -12,11 +12,12 @@ from pathlib import Path
 
 import av
 from av.video.frame import PictureType
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange
 
 from flallm import UserError
-from flallm.corpora import BROKEN, Clip, VideoFile, open_video
-from flallm.video import FRAME_STEP, MARK, decode, resample
+from flallm.color import BT601, FrameConverter, is_wide, range_of
+from flallm.corpora import BROKEN, Clip, VideoFile, open_video, video_stream, with_seconds
+from flallm.video import FRAME_STEP, MARK, ROUNDING, decode, resample
 from flallm.workers import Lost, Workers
 
 TIMEOUT = 600  # seconds for one clip; a long one at 720p takes some
@@ -53,7 +54,7 @@ def encode(clip: Clip, options: Options) -> tuple[bytes, dict]:
     """The clip as (mp4 bytes, the sample's JSON). Raises one of `BROKEN` for one that cannot be read."""
     video = _fitting_file(clip.media, options) or _encode_frames(clip.media, options)
     with open_video(video) as container:
-        stream = container.streams.video[0]
+        stream = video_stream(container)
         frames = sum(1 for _ in container.decode(stream))
         meta = {"key": clip.key, "text": clip.text, "gloss": clip.gloss, "signer": clip.signer, "num_frames": frames}
         meta |= {"fps": round(float(stream.average_rate or 0), 3), "width": stream.width, "height": stream.height, "source": clip.media.source}
@@ -90,29 +91,45 @@ def _encode_or_cause(clip: Clip, options: Options) -> tuple[bytes, dict] | str:
 
 def _fitting_file(media, options: Options) -> bytes | None:
     """The bytes of a file that is already what `_encode_frames` would aim for, else None."""
-    if not isinstance(media, VideoFile) or media.start is not None or media.end is not None:
+    if not isinstance(media, VideoFile) or media.is_cut:
         return None
     with open_video(media.path) as container:
-        stream = container.streams.video[0]
-        if (
-            "mp4" not in container.format.name
-            or len(container.streams) > 1
-            or stream.codec_context.name != "h264"
-            or stream.codec_context.pix_fmt != "yuv420p"
-            or min(stream.width, stream.height) > options.short_side
-            or (options.fps and stream.average_rate != Fraction(options.fps))
-            or any(frame.side_data.get("DISPLAYMATRIX") for frame in (next(container.decode(stream), None),) if frame)
-        ):
+        if "mp4" not in container.format.name or not _fits(container, options):
             return None
-        if container.metadata.get(MARK[0]) == MARK[1] and not _every_4th_alone(media.path):
-            return None
+        marked = container.metadata.get(MARK[0]) == MARK[1]
+    if marked and not _every_4th_alone(media.path):
+        return None
+    if options.fps and not _has_rate(media, options.fps):
+        return None
     return Path(media.path).read_bytes()
+
+
+def _fits(container: av.container.InputContainer, options: Options) -> bool:
+    """Whether a file holds nothing but H.264 of the right size, upright, in colours that shards may have."""
+    stream = video_stream(container)
+    codec = stream.codec_context
+    if len(container.streams) > 1 or codec.name != "h264" or codec.pix_fmt != "yuv420p":
+        return False
+    if min(stream.width, stream.height) > options.short_side:
+        return False
+    frame = next(container.decode(stream), None)
+    if frame is None or frame.side_data.get("DISPLAYMATRIX"):
+        return False
+    return range_of(frame) == ColorRange.MPEG and not is_wide(frame)
+
+
+def _has_rate(media: VideoFile, fps: float) -> bool:
+    """Whether every frame of a file already begins where `resample` would put it."""
+    with open_video(media.path) as container:
+        frames = container.decode(video_stream(container))
+        times = [seconds for seconds, _ in with_seconds(container, frames, Fraction(fps))]
+    return all(abs(seconds - times[0] - i / fps) <= ROUNDING for i, seconds in enumerate(times))
 
 
 def _every_4th_alone(path: str) -> bool:
     """Whether frames can be passed over as a file with the mark promises: one that other tools have made of ours may still have it."""
     with open_video(path) as container:
-        frames = sum(1 for _ in container.decode(video=0))
+        frames = sum(1 for _ in container.decode(video_stream(container)))
     try:
         return len(decode(path, 16, FRAME_STEP, frames, frames)) > 0
     except ValueError:
@@ -120,31 +137,39 @@ def _every_4th_alone(path: str) -> bool:
 
 
 def _encode_frames(media, options: Options) -> bytes:
-    fps, frames = media.frames()
+    rate, timed_frames = media.frames()
     if options.fps:
-        frames, fps = resample(frames, fps, Fraction(options.fps)), Fraction(options.fps)
-    fps = fps.limit_denominator(1001)
-    output, scaler = io.BytesIO(), VideoReformatter()  # one for all frames: it keeps its tables
+        rate, frames = Fraction(options.fps), resample(timed_frames, options.fps)
+    else:
+        frames = (frame for _, frame in timed_frames)
+    rate = rate.limit_denominator(1001)
+    output, converter, stream = io.BytesIO(), FrameConverter(), None
     with av.open(output, "w", format="mp4") as container:
         container.metadata[MARK[0]] = MARK[1]
-        stream = None
         for i, frame in enumerate(frames):
             if stream is None:
-                stream = container.add_stream("libx264", rate=fps)
-                scale = min(1.0, options.short_side / min(frame.width, frame.height))
-                stream.width, stream.height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
-                stream.pix_fmt = "yuv420p"
-                stream.thread_count = 1  # all cores are busy with other clips, and the bytes do not depend on their number
-                # Every 4th frame is a reference frame and the three between are not, so that a reader of T/4 frames
-                # (the paper's sub-sampling) can pass over the others without decoding them.
-                # No mbtree: its AVX-512 code gives other bytes from run to run below 256 pixels (measured, x264 in PyAV 18.1).
-                x264 = f"keyint={options.gop}:scenecut=0:bframes={FRAME_STEP - 1}:b-adapt=0:b-pyramid=none:ref=1:mbtree=0"
-                stream.options = {"preset": "veryfast", "crf": str(options.crf), "x264-params": x264}
-            frame = scaler.reformat(frame, stream.width, stream.height, "yuv420p", interpolation=Interpolation.AREA)
-            frame.pts, frame.time_base = i, 1 / fps
+                stream = _add_stream(container, frame, rate, options)
+            frame = converter.to_shard_yuv(frame, stream.width, stream.height)
+            frame.pts, frame.time_base = i, 1 / rate
             frame.pict_type = PictureType.NONE  # the source's would be forced on the encoder
             container.mux(stream.encode(frame))
         if stream is None:
             raise ValueError("holds no frame")
         container.mux(stream.encode())
     return output.getvalue()
+
+
+def _add_stream(container: av.container.OutputContainer, frame: av.VideoFrame, rate: Fraction, options: Options) -> av.VideoStream:
+    """The stream of a clip whose first frame that is."""
+    stream = container.add_stream("libx264", rate=rate)
+    scale = min(1.0, options.short_side / min(frame.width, frame.height))
+    stream.width, stream.height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.colorspace, stream.codec_context.color_range = BT601[1], ColorRange.MPEG
+    stream.thread_count = 1  # all cores are busy with other clips, and the bytes do not depend on their number
+    # Every 4th frame is a reference frame and the three between are not, so that a reader of T/4 frames
+    # (the paper's sub-sampling) can pass over the others without decoding them.
+    # No mbtree: its AVX-512 code gives other bytes from run to run below 256 pixels (measured, x264 in PyAV 18.1).
+    x264 = f"keyint={options.gop}:scenecut=0:bframes={FRAME_STEP - 1}:b-adapt=0:b-pyramid=none:ref=1:mbtree=0"
+    stream.options = {"preset": "veryfast", "crf": str(options.crf), "x264-params": x264}
+    return stream

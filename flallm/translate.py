@@ -5,19 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 
 from flallm import UserError, engine, video
+from flallm.color import FrameConverter
 from flallm.config import Config
-from flallm.corpora import BROKEN, SLACK, VideoFile, open_video, upright
+from flallm.corpora import BROKEN, TIME_EPS, VideoFile, check_clock, open_video, upright, video_stream, with_seconds
 from flallm.loader import Batch
 from flallm.model.translator import Translator
 
@@ -67,66 +68,81 @@ def translate(
 
 
 def _clips(path: str, segments: list[tuple[float, float]] | None, window: float, config: Config) -> Iterator[tuple[Translation, np.ndarray | None]]:
-    """Each sentence of a video with its used frames as the model sees them (N, crop, crop, 3), in one pass over the file; None and an error where there are none."""
-    whole, most = not (segments or window), LONGEST * config.data.max_frames
-    spans = iter(segments) if segments else iter([(0.0, math.inf)]) if whole else ((n * window, (n + 1) * window) for n in count())
-    following, now, first, under_way, scaler = next(spans), 0.0, None, [], VideoReformatter()
+    """Each sentence of a video with its used frames as the model sees them (N, crop, crop, 3), in one pass over the file;
+    None and an error where there are none. Seconds count from the container's start.
+
+    Only stretches of `window` seconds in which a frame begins are sentences.
+    """
+    is_whole, limit = not (segments or window), LONGEST * config.data.max_frames
+    too_long = f"over {limit} frames, {LONGEST} times the longest clip of training, are no sentence"
+    waiting, under_way, seconds, end = deque(segments or []), [], None, 0.0
     try:
+        if segments:
+            check_clock(path)
         with open_video(path) as container:
-            stream = container.streams.video[0]
-            rate = VideoFile(path).rate(stream)
-            length, ratio = 1 / float(rate), Fraction(config.data.fps or rate) / rate  # seconds of a frame; to the frames that a clip has, as in training
-            for i, frame in enumerate(upright(container.decode(stream))):
-                at = i * length if frame.time is None else frame.time
-                first = at if first is None else first
-                begins, now = at - first + SLACK, at - first + length  # a frame belongs where it begins, as when clips are cut for training
-                while following and following[0] <= begins:
-                    under_way.append(_Clip(path, *following, config, ratio))
-                    following = next(spans, None)
-                for clip in [clip for clip in under_way if clip.end <= begins]:
-                    under_way.remove(clip)
-                    yield clip.done(clip.end)
-                for clip in list(under_way):
-                    clip.take(frame, scaler)
-                    if clip.count <= most:
+            rate = VideoFile(path).rate()
+            for seconds, frame in with_seconds(container, upright(container.decode(video_stream(container))), rate):
+                begins = seconds + TIME_EPS  # a frame belongs where it begins, as when clips are cut for training
+                end = seconds + 1 / float(rate)
+                for span in [span for span in under_way if span.end <= begins]:
+                    under_way.remove(span)
+                    yield span.done(span.end)
+                while waiting and waiting[0][0] <= begins:
+                    under_way.append(_Span(path, *waiting.popleft(), config))
+                if window and not under_way:
+                    number = int(begins // window)
+                    under_way.append(_Span(path, number * window, (number + 1) * window, config))
+                if is_whole and not under_way:
+                    under_way.append(_Span(path, 0.0, math.inf, config))
+                for span in [span for span in under_way if begins < span.end]:
+                    span.add(seconds, frame)
+                    if span.count <= limit:
                         continue
-                    why = f"over {most} frames, {LONGEST} times the longest clip of training, are no sentence"
                     if not segments:  # the stretches after it are as long
-                        raise ValueError(f"{why}: take --window=SECONDS or --segments=FILE")
-                    under_way.remove(clip)
-                    yield Translation(path, clip.start, clip.end, error=f"{path} cannot be translated from {clip.start:g} to {clip.end:g} s: {why}"), None
-            if first is None:
+                        raise ValueError(f"{too_long}: take --window=SECONDS or --segments=FILE")
+                    under_way.remove(span)
+                    error = f"{path} cannot be translated from {span.start:g} to {span.end:g} s: {too_long}"
+                    yield Translation(path, span.start, span.end, error=error), None
+            if seconds is None:
                 raise ValueError("it holds no frame")
     except BROKEN as error:
-        yield Translation(path, now, error=f"{path} cannot be translated{f' from {now:.2f} s on' * (not whole)}: {error}"), None
+        place = "" if is_whole else f" from {end:.2f} s on"
+        yield Translation(path, end, error=f"{path} cannot be translated{place}: {error}"), None
         return
-    for clip in under_way:
-        yield clip.done(min(clip.end, now))
-    for start, end in [following, *spans] if segments and following else []:
-        late = Translation(path, start, end, error=f"{path} ends at {now:.2f} s, before its segment from {start:g} s"), None
-        yield late if start >= now else _Clip(path, start, end, config, ratio).done(end)  # the last frame begins before it
+    for span in under_way:
+        yield span.done(min(span.end, end))
+    for start, stop in waiting:
+        if start >= end:
+            yield Translation(path, start, stop, error=f"{path} ends at {end:.2f} s, before its segment from {start:g} s"), None
+        else:  # the last frame begins before it
+            yield _Span(path, start, stop, config).done(stop)
 
 
-class _Clip:
-    """A span of a video while its frames come. ratio: to how many each is made, dropped or repeated as `video.resample` does."""
+class _Span:
+    """A span of a video while its frames come, brought to the frame rate that make_shards brought the clips to."""
 
-    def __init__(self, path: str, start: float, end: float, config: Config, ratio: Fraction):
-        self.path, self.start, self.end, self.data, self.ratio = path, start, end, config.data, ratio
-        self.came, self.count, self.kept = 0, 0, []
+    def __init__(self, path: str, start: float, end: float, config: Config):
+        self.path, self.start, self.end, self.data = path, start, end, config.data
+        self.resampler = video.Resampler(config.data.fps) if config.data.fps else None
+        self.count, self.images, self.converter = 0, [], FrameConverter()
 
-    def take(self, frame, scaler: VideoReformatter) -> None:
-        self.came += 1
-        while self.count < self.came * self.ratio:
+    def add(self, seconds: float, frame: av.VideoFrame) -> None:
+        self._take(self.resampler.add(seconds, frame) if self.resampler else [frame])
+
+    def _take(self, frames: Iterable[av.VideoFrame]) -> None:
+        for frame in frames:
             if self.count % self.data.stride == 0:
-                self.kept.append(video.to_array(frame, self.data.resize, self.data.resize, scaler))
+                self.images.append(self.converter.to_rgb(frame, self.data.resize, self.data.resize))
             self.count += 1
 
     def done(self, end: float) -> tuple[Translation, np.ndarray | None]:
+        if self.resampler:
+            self._take(self.resampler.finish())
         one = Translation(self.path, round(self.start, 3), round(end, 3))
-        if not self.kept:
+        if not self.images:
             one.error = f"{self.path} holds no frame from {self.start:g} to {self.end:g} s"
             return one, None
-        used = np.stack(self.kept)[video.positions(self.count, self.data.stride, self.data.max_frames) // self.data.stride]
+        used = np.stack(self.images)[video.positions(self.count, self.data.stride, self.data.max_frames) // self.data.stride]
         return one, video.centre_crop(used, self.data.crop)
 
 

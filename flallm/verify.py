@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from flallm import progress
-from flallm.corpora import BROKEN, open_video
+from flallm.corpora import BROKEN, open_video, video_stream
 from flallm.decoder import DTYPES, features
 from flallm.encode import TIMEOUT
 from flallm.shards import BadSample, Shards
@@ -50,7 +50,7 @@ def _verify_shard(folder: str, split: str, number: int, rows: list[int]) -> tupl
                 features(content, (used, made["channels"]), DTYPES[made["dtype"]], made["copies"])
                 continue
             with open_video(content) as container:
-                frames = sum(1 for _ in container.decode(video=0))
+                frames = sum(1 for _ in container.decode(video_stream(container)))
             if frames != meta["num_frames"]:
                 problems.append(f"{name}: {meta['key']} has {frames} frames, {meta['num_frames']} by its JSON")
         except (BadSample, *BROKEN) as error:

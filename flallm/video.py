@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
-from flallm.corpora import open_video, upright
+from flallm.color import FrameConverter
+from flallm.corpora import open_video, upright, video_stream
 
 # In the metadata of a file: every 4th of its frames is a reference frame, so the others need not be decoded for T/4.
 MARK = ("comment", "flallm: a reference frame in 4")
 FRAME_STEP = 4
+ROUNDING = 1e-3  # seconds: Matroska states times in milliseconds
 ENLARGED = 1.5  # times the size they are squeezed to, frames can still be warped straight from theirs without aliasing that shows
 
 
@@ -43,9 +43,9 @@ def used_frames(num_frames: np.ndarray, stride: int, max_frames: int) -> np.ndar
 def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_frames: int, squeeze: bool = True) -> np.ndarray:
     """The used frames of a video of `num_frames`, squeezed to (N, size, size, 3); without `squeeze` as they are if they are not much larger. No other frame is
     looked at, and those that nothing depends on are not even decoded. Raises OSError, ValueError or av.FFmpegError for what is no such video."""
-    wanted, frames, scaler, found = positions(num_frames, stride, max_frames), None, VideoReformatter(), 0
+    wanted, frames, converter, found = positions(num_frames, stride, max_frames), None, FrameConverter(), 0
     with open_video(source) as container:
-        stream = container.streams.video[0]
+        stream = video_stream(container)
         # Frames that are skipped do not count, so then the position comes from the time; all frames of such a file are evenly spaced.
         skip = container.metadata.get(MARK[0]) == MARK[1] and stride % FRAME_STEP == 0 and stream.average_rate
         if skip:
@@ -58,16 +58,11 @@ def decode(source: bytes | str, size: int, stride: int, max_frames: int, num_fra
                 if frames is None:
                     width, height = (size, size) if squeeze or max(frame.width, frame.height) > ENLARGED * size else (frame.width, frame.height)
                     frames = np.empty((len(wanted), height, width, 3), np.uint8)
-                frames[found] = to_array(frame, width, height, scaler)
+                frames[found] = converter.to_rgb(frame, width, height)
                 found += 1
                 if found == len(wanted):
                     return frames
     raise ValueError(f"only {found} of {len(wanted)} frames decode")
-
-
-def to_array(frame: av.VideoFrame, width: int, height: int, scaler: VideoReformatter) -> np.ndarray:
-    """A frame as (height, width, 3) RGB. scaler: one for all frames of a video, it keeps its tables."""
-    return scaler.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR).to_ndarray()
 
 
 def centre_crop(frames: np.ndarray, crop: int) -> np.ndarray:
@@ -97,10 +92,43 @@ def random_crop(frames: np.ndarray, size: int, augment: Augment, rng: np.random.
         cv2.warpAffine(frame, matrix, (crop, crop), dst=to, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def resample(frames: Iterator[av.VideoFrame], source: Fraction, target: Fraction) -> Iterator[av.VideoFrame]:
-    """Drops or repeats frames so that frame i is the one shown at i / target seconds."""
-    shown = 0
-    for i, frame in enumerate(frames):
-        while shown / target < (i + 1) / source:
-            shown += 1
-            yield frame
+class Resampler:
+    """Brings one clip to `fps`: frame k of the result is the one on screen k / fps seconds after the clip's first.
+
+    The last frame of the clip is shown as long as the one before it, a second at most.
+    """
+
+    def __init__(self, fps: float):
+        self.fps = fps
+        self.count = 0  # frames of the result so far
+        self.first: float | None = None  # seconds
+        self.held: tuple[float, av.VideoFrame] | None = None  # until it is known how long it is shown
+        self.last_step = 0.0  # seconds between the last two frames
+
+    def add(self, seconds: float, frame: av.VideoFrame) -> Iterator[av.VideoFrame]:
+        """Takes the clip's next frame and gives the frames of the result that come before it."""
+        if self.held is None:
+            self.first = seconds
+        else:
+            self.last_step = seconds - self.held[0]
+            yield from self._until(seconds - ROUNDING)
+        self.held = (seconds, frame)
+
+    def finish(self) -> Iterator[av.VideoFrame]:
+        """Gives the rest of the result. What would be shown for less than a tenth of a frame's time is rounding."""
+        if self.held is not None:
+            shown = min(self.last_step, 1.0) or 1 / self.fps
+            yield from self._until(self.held[0] + shown - 0.1 / self.fps)
+
+    def _until(self, end: float) -> Iterator[av.VideoFrame]:
+        while self.first + self.count / self.fps < end:
+            self.count += 1
+            yield self.held[1]
+
+
+def resample(frames: Iterator[tuple[float, av.VideoFrame]], fps: float) -> Iterator[av.VideoFrame]:
+    """The frames of a clip, (seconds, frame), brought to `fps`."""
+    resampler = Resampler(fps)
+    for seconds, frame in frames:
+        yield from resampler.add(seconds, frame)
+    yield from resampler.finish()

@@ -207,7 +207,7 @@ def test_manifest(tmp_path):
     table.write_text("\ufeffvideo\ttext\tsplit\tfps\tsigner\nframes\tGuten Morgen\ttrain\t12.5\tAnna\n", encoding="utf-8")
     (clip,) = manifest.clips(table, tmp_path)
     assert (clip.text, clip.split, clip.signer, encode(clip, Options())[1]["fps"]) == ("Guten Morgen", "train", "Anna", 12.5)
-    levels = [f.to_ndarray(format="gray").mean() for f in clip.media.frames()[1]]
+    levels = [frame.to_ndarray(format="gray").mean() for _, frame in clip.media.frames()[1]]
     assert levels == sorted(levels) and len(levels) == 12  # 10.png comes after 9.png
     table = tmp_path / "clips.jsonl"
     rows = [{"video": "frames", "text": text, "split": "dev", "signer": 3, "key": key} for key, text in (("a.b/c", "eins"), ("d", ""), ("e", "\0"))]
@@ -263,7 +263,7 @@ def numbered(path: Path, fps, count: int, x264: str = "keyint=100:bframes=3:scen
 
 
 def numbers(media) -> list[int]:
-    return [int(sum((f.to_ndarray(format="gray")[24, 8 * bit + 4] > 128) << bit for bit in range(8))) for f in media.frames()[1]]
+    return [int(sum((f.to_ndarray(format="gray")[24, 8 * bit + 4] > 128) << bit for bit in range(8))) for _, f in media.frames()[1]]
 
 
 @pytest.mark.parametrize(
@@ -298,6 +298,14 @@ def test_a_cut_does_not_decode_what_lies_before_its_keyframe(tmp_path):
         numbers(VideoFile(str(path)))
 
 
+def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Writes (a, b, c, d) into the header of an MP4's first track."""
+    data, (a, b, c, d) = bytearray(path.read_bytes()), matrix
+    at = data.index(b"tkhd") + 4 + 40
+    data[at : at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)])
 def test_frames_come_out_upright(tmp_path, matrix):
     """Signs have sides: a video that is stored turned or mirrored, with a note to show it otherwise, is shown as the note says."""
@@ -307,11 +315,9 @@ def test_frames_come_out_upright(tmp_path, matrix):
         stream = container.add_stream("libx264", rate=24)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         container.mux([*stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")), *stream.encode()])
-    data, (a, b, c, d) = bytearray(path.read_bytes()), matrix
-    at = data.index(b"tkhd") + 4 + 40
-    data[at : at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
-    (frame,) = VideoFile(str(path)).frames()[1]
+    set_display_matrix(path, matrix)
+    a, b, c, d = matrix
+    ((_, frame),) = VideoFile(str(path)).frames()[1]
     seen = frame.to_ndarray(format="gray")
     assert seen.shape == ((48, 64) if a else (64, 48)) and not frame.rotation
     right, below = -a - c > 0, -b - d > 0  # where the corner above and left of the middle goes
@@ -384,7 +390,7 @@ def test_odd_videos(name):
         with pytest.raises(ValueError, match=ODD_FRAMES[name]):
             list(frames)
     else:
-        frames = list(frames)
+        frames = [frame for _, frame in frames]
         assert (len(frames), frames[0].width, frames[0].height, round(float(rate), 2)) == ODD_FRAMES[name]
 
 

@@ -21,6 +21,7 @@ import torch
 from every_frame import every_frame
 
 from flallm import loader, video, workers
+from flallm.color import FrameConverter
 from flallm.config import Data
 from flallm.corpora import Clip, VideoFile, synthetic
 from flallm.encode import Options, encode
@@ -109,7 +110,7 @@ def test_used_frames_are_every_fourth_frame_of_streams_that_others_encode(tmp_pa
     assert meta["num_frames"] == 50
     for data in (path.read_bytes(), shard):
         with av.open(io.BytesIO(data)) as container:
-            every = [video.to_array(f, 48, 48, video.VideoReformatter()) for f in container.decode(video=0)]
+            every = [FrameConverter().to_rgb(frame, 48, 48) for frame in container.decode(video=0)]
         for stride, longest in ((4, 300), (4, 24), (3, 300), (1, 300)):
             wanted = np.stack(every)[video.positions(50, stride, longest)]
             assert np.array_equal(video.decode(data, 48, stride, longest, 50), wanted)

@@ -257,7 +257,7 @@ class Images:
         self.images = images
 
     def frames(self):
-        return Fraction(25), (av.VideoFrame.from_ndarray(image, "rgb24") for image in self.images)
+        return Fraction(25), ((i / 25, av.VideoFrame.from_ndarray(image, "rgb24")) for i, image in enumerate(self.images))
 
 
 def test_a_model_sees_red_green_and_blue_in_this_order_and_the_middle_of_the_frame():

@@ -9,12 +9,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.video.reformatter import VideoReformatter
 from conftest import SMALL
 from every_frame import every_frame
 
 from flallm import UserError, doctor, engine, translate, video
 from flallm import config as cfg
+from flallm.color import FrameConverter
 from flallm.corpora import VideoFile
 from flallm.evaluate import load_run
 from flallm.shards import Shards
@@ -97,14 +97,14 @@ def test_a_video_and_its_last_stretch_end_with_the_last_frame(shards, small, tmp
 @pytest.mark.parametrize("fps", (0, 20, 25, 30))
 def test_a_segment_has_the_frames_of_a_clip_that_is_cut_for_training_at_the_same_times(run, loaded, fps):
     config = cfg.override(loaded[1], {"data.fps": fps})
-    path, size, scaler = str(run / "0.mp4"), config.data.resize, VideoReformatter()
+    path, size, converter = str(run / "0.mp4"), config.data.resize, FrameConverter()
     segments = [(0.01, 0.47), (0.1996, 0.52), (0.25, 0.7501), (0.5, 0.99)]
     found = list(translate._clips(path, segments, 0.0, config))
     assert [(one.start, one.end) for one, _ in found] == [(round(start, 3), round(end, 3)) for start, end in segments]
     for (start, end), (_, frames) in zip(segments, found):
-        rate, cut = VideoFile(path, start, end).frames()
-        cut = video.resample(cut, rate, Fraction(fps)) if fps else cut
-        cut = np.stack([video.to_array(frame, size, size, scaler) for frame in cut])
+        _, cut = VideoFile(path, start, end).frames()
+        cut = video.resample(cut, fps) if fps else (frame for _, frame in cut)
+        cut = np.stack([converter.to_rgb(frame, size, size) for frame in cut])
         assert np.array_equal(frames, video.centre_crop(cut[:: config.data.stride], config.data.crop))
 
 

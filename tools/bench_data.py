@@ -44,7 +44,8 @@ class Narrow:
     def frames(self):
         fps, frames = self.media.frames()
         side = (HEIGHT - WIDTH) // 2
-        return fps, (av.VideoFrame.from_ndarray(np.ascontiguousarray(f.to_ndarray(format="rgb24")[:, side : side + WIDTH]), "rgb24") for f in frames)
+        images = ((seconds, np.ascontiguousarray(frame.to_ndarray(format="rgb24")[:, side : side + WIDTH])) for seconds, frame in frames)
+        return fps, ((seconds, av.VideoFrame.from_ndarray(image, "rgb24")) for seconds, image in images)
 
 
 class Words:
@@ -65,7 +66,7 @@ class Corpus:
         for n, clip in enumerate(clips):
             decoded = av.open(io.BytesIO(self.clips.shards.read(n)[0])).decode(video=0)
             kept = []
-            for i, (frame, again) in enumerate(zip(clip.media.frames()[1], decoded)):
+            for i, ((_, frame), again) in enumerate(zip(clip.media.frames()[1], decoded)):
                 path, image = folder / f"{n:04d}-{i:04d}.png", frame.to_ndarray()
                 cv2.imwrite(str(path), image[..., ::-1])
                 self.png_bytes += path.stat().st_size

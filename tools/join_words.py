@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 
 import av
@@ -32,9 +31,10 @@ class Joined:
     def source(self) -> str:
         return " + ".join(video.source for video in self.videos)
 
-    def frames(self) -> tuple[Fraction, Iterator[av.VideoFrame]]:
-        fps, first = self.videos[0].frames()
-        return fps, chain(first, (frame for video in self.videos[1:] for frame in video.frames()[1]))
+    def frames(self) -> tuple[Fraction, Iterator[tuple[float, av.VideoFrame]]]:
+        fps = self.videos[0].rate()
+        frames = (frame for video in self.videos for _, frame in video.frames()[1])
+        return fps, ((i / float(fps), frame) for i, frame in enumerate(frames))
 
 
 def sentences(words: list[str], split: str, count: int, longest: int, seed: int) -> Iterator[tuple[str, ...]]:

@@ -7,16 +7,19 @@ decode raises one of `BROKEN` there.
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Protocol
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from flallm import UserError
 
@@ -24,7 +27,9 @@ from flallm import UserError
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,mxf,nut,dv,ivf,obu,h264,hevc,m4v,mjpeg,yuv4mpegpipe,gif,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe"
 MAX_PIXELS = 8192 * 8192  # of a frame: twice those of 8K; more is a broken or hostile header
 BROKEN = (OSError, ValueError, IndexError, av.FFmpegError)  # of a video that cannot be read; IndexError where a stream begins in mid-file
-SLACK = 5e-4  # seconds: times in tables are rounded, and a cut at 2.000 means the frame at 1.9999
+TIME_EPS = 5e-4  # seconds: times in tables are rounded, and a cut at 2.000 means the frame at 1.9999
+LONGEST_STEP = 10  # seconds between frames of a transport stream, over which its clock has jumped; as in the ffmpeg command
+RATE_TOLERANCE = 0.05  # share by which the number of frames may differ from what the header's rate says
 MISSING = "its video or folder of images does not exist"
 
 
@@ -33,8 +38,8 @@ class Media(Protocol):
 
     source: str  # what to tell a person
 
-    def frames(self) -> tuple[Fraction, Iterator[av.VideoFrame]]:
-        """(frames per second, the frames in display order, upright)."""
+    def frames(self) -> tuple[Fraction, Iterator[tuple[float, av.VideoFrame]]]:
+        """(frames per second, (seconds, frame) in display order, upright). Seconds never go back."""
         ...
 
 
@@ -93,9 +98,7 @@ def open_video(source: str | bytes) -> av.container.InputContainer:
     file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"  # never a URL, whatever the name looks like
     container = av.open(file, metadata_errors="ignore", options={"format_whitelist": FORMATS})
     try:
-        if not container.streams.video:
-            raise ValueError("holds no video stream")
-        stream = container.streams.video[0]
+        stream = video_stream(container)
         if stream.codec_context is None:
             raise ValueError("its codec is unknown")
         if stream.width * stream.height > MAX_PIXELS:
@@ -106,6 +109,14 @@ def open_video(source: str | bytes) -> av.container.InputContainer:
         container.close()
         raise
     return container
+
+
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The first video stream that is no cover picture. Raises ValueError where there is none."""
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    raise ValueError("holds no video stream")
 
 
 def upright(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -121,87 +132,180 @@ def upright(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         x, y = (c, b) if swap else (a, d)
         # Last in the chain the note goes, or the next reader would turn the frame once more.
         chain = [("transpose", "cclock_flip")] * swap + [("hflip", None)] * (x < 0) + [("vflip", None)] * (y < 0) + [("sidedata", "delete:DISPLAYMATRIX")]
-        layout = (chain, frame.width, frame.height, frame.format.name)
-        if layout != made_for:
-            graph, made_for = av.filter.Graph(), layout
-            nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 25))]
+        source = {
+            "video_size": f"{frame.width}x{frame.height}",
+            "pix_fmt": frame.format.name,
+            "time_base": str(frame.time_base or Fraction(1, 25)),
+            "colorspace": str(int(frame.colorspace)),
+            "range": str(int(frame.color_range)),
+        }
+        if (chain, source) != made_for:
+            graph, made_for = av.filter.Graph(), (chain, source)
+            nodes = [graph.add("buffer", **source)]
             nodes += [graph.add(name, arguments) for name, arguments in chain]
             graph.link_nodes(*nodes, graph.add("buffersink")).configure()
         graph.push(frame)
         yield graph.pull()
 
 
+def start_of(container: av.container.InputContainer) -> Fraction:
+    """When the first stream of a container begins, in seconds of its clock.
+
+    Players, `ffmpeg -ss` and so people's tables count from here, even where sound begins before the first picture.
+    """
+    return Fraction(container.start_time or 0, av.time_base)
+
+
+def is_joinable(container: av.container.InputContainer) -> bool:
+    """Whether files of this format can be joined by appending bytes, so that the clock may jump in the middle."""
+    return container.format.name in ("mpegts", "mpeg")
+
+
+def with_seconds(container: av.container.InputContainer, frames: Iterator[av.VideoFrame], rate: Fraction) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(seconds, frame): when each frame begins, counted from the container's start.
+
+    Frames that have no time follow one another at `rate`. Where the clock jumps, because recordings were joined, the
+    seconds go on with the next frame.
+    """
+    shift, previous = -float(start_of(container)), None
+    longest_step = LONGEST_STEP if is_joinable(container) else math.inf
+    for frame in frames:
+        following = 0.0 if previous is None else previous + 1 / float(rate)
+        seconds = following if frame.pts is None else float(frame.pts * frame.time_base) + shift
+        if previous is not None and not 0 <= seconds - previous <= longest_step:
+            shift += following - seconds
+            seconds = following
+        yield seconds, frame
+        previous = seconds
+
+
+@lru_cache(maxsize=64)
+def clock_jump(path: str) -> float | None:
+    """When the clock of a file jumps, in seconds from its start, because recordings were joined; None where it does not.
+
+    Reads the whole file, if it is of a format that can be joined.
+    """
+    with open_video(path) as container:
+        if not is_joinable(container):
+            return None
+        stream, previous = video_stream(container), None
+        for packet in container.demux(stream):
+            if packet.dts is None:
+                continue
+            seconds = float(packet.dts * stream.time_base - start_of(container))
+            if previous is not None and not 0 <= seconds - previous <= LONGEST_STEP:
+                return previous
+            previous = seconds
+    return None
+
+
+def check_clock(path: str) -> None:
+    """Raises ValueError where the times of a file name no single place in it."""
+    jump = clock_jump(path)
+    if jump is not None:
+        raise ValueError(
+            f"its clock jumps after {jump:.2f} s, so nothing can be cut out of it by time: give it one clock with "
+            f"ffmpeg -i {Path(path).name} -c copy {Path(path).stem}.mkv"
+        )
+
+
 @dataclass(frozen=True)
 class VideoFile:
-    """A video file, or the part of it from `start` to `end` seconds (a frame belongs to it when it begins in there)."""
+    """A video file, or the part of it from `start` to `end` seconds after the container's start.
+
+    A frame belongs to the part when it begins in there.
+    """
 
     path: str
     start: float | None = None
     end: float | None = None
 
     @property
+    def is_cut(self) -> bool:
+        return self.start is not None or self.end is not None
+
+    @property
     def source(self) -> str:
-        part = self.start is not None or self.end is not None
-        return f"{self.path}#t={self.start or 0},{'' if self.end is None else self.end}" if part else self.path
+        return f"{self.path}#t={self.start or 0},{'' if self.end is None else self.end}" if self.is_cut else self.path
 
-    def frames(self) -> tuple[Fraction, Iterator[av.VideoFrame]]:
-        container = open_video(self.path)
-        return self.rate(container.streams.video[0]), upright(self._decode(container))
+    def frames(self) -> tuple[Fraction, Iterator[tuple[float, av.VideoFrame]]]:
+        if self.is_cut:
+            check_clock(self.path)
+        rate = self.rate()
+        return rate, self._decode(open_video(self.path), rate)
 
-    def rate(self, stream) -> Fraction:
-        """Frames per second, from 1 to 240."""
-        rate = stream.average_rate
-        if not rate or rate > 240:  # none is stated, or the clock's; the frames' own times tell
-            with open_video(self.path) as container:
-                times = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
-            span = (max(times) - min(times)) * stream.time_base if times else 0
-            rate = (len(times) - 1) / span if span else 25
-        return min(max(Fraction(rate), Fraction(1)), Fraction(240))
+    def rate(self) -> Fraction:
+        """Frames per second of this part, from 1 to 240: what the header states, unless the frames' times say otherwise."""
+        with open_video(self.path) as container:
+            rate = video_stream(container).average_rate or Fraction(0)
+            times = [] if rate and is_joinable(container) else self._packet_times(container)
+        if len(times) > 1:
+            steps, span = len(times) - 1, max(times) - min(times)
+            if not rate or abs(rate * span - steps) > max(1, RATE_TOLERANCE * steps):
+                rate = steps / span if span else Fraction(0)
+        rate = rate or Fraction(25)
+        return min(max(rate, Fraction(1)), Fraction(240))
 
-    def _decode(self, container) -> Iterator[av.VideoFrame]:
-        stream, count, time, cut = container.streams.video[0], 0, 0.0, self.start is not None or self.end is not None
-        first = (stream.start_time or 0) * stream.time_base
+    def _packet_times(self, container: av.container.InputContainer) -> list[Fraction]:
+        """When the frames of this part begin, in seconds of the container's clock; nothing is decoded."""
+        stream, zero = video_stream(container), start_of(container)
+        first = zero + Fraction(self.start or 0) - Fraction(TIME_EPS)
+        last = math.inf if self.end is None else zero + Fraction(self.end)
+        times = []
+        try:
+            if self.start:
+                container.seek(int(first / stream.time_base), stream=stream)
+            for packet in container.demux(stream):
+                if packet.dts is not None and packet.dts * stream.time_base >= last:
+                    break
+                if packet.pts is not None and first <= packet.pts * stream.time_base < last:
+                    times.append(packet.pts * stream.time_base)
+        except (av.FFmpegError, IndexError):  # decoding will say what is wrong
+            pass
+        return times
+
+    def _decode(self, container: av.container.InputContainer, rate: Fraction) -> Iterator[tuple[float, av.VideoFrame]]:
+        count, seconds = 0, 0.0
         stated = container.duration / av.time_base if container.duration and "matroska" in container.format.name else 0
         try:
             with container:
-                for frame in self._from_keyframe(container, first):
-                    if cut and frame.pts is None:
+                for seconds, frame in with_seconds(container, upright(self._from_keyframe(container)), rate):
+                    if self.is_cut and frame.pts is None:
                         raise ValueError("its frames carry no times, so no part can be cut out of it")
-                    time = _seconds(frame, first)
-                    if self.end is not None and time >= self.end:
+                    begins = seconds + TIME_EPS
+                    if self.end is not None and begins >= self.end:
                         break
-                    if self.start is None or time >= self.start:
+                    if self.start is None or begins >= self.start:
                         count += 1
-                        yield frame
+                        yield seconds, frame
                 else:  # a Matroska file cut short ends like a whole one; its header knows better
-                    if 0 < time < min(stated - 1, 0.9 * stated):
-                        raise ValueError(f"breaks after {count} frames, at {time:.2f} of {stated:.2f} seconds")
+                    if 0 < seconds < min(stated - 1, 0.9 * stated):
+                        raise ValueError(f"breaks after {count} frames, at {seconds:.2f} of {stated:.2f} seconds")
         except (av.FFmpegError, IndexError) as error:
             raise ValueError(f"breaks after {count} frames: {error}" if count else f"no frame decodes: {error}") from None
         if not count:
-            raise ValueError(f"no frame begins in this part of it; the last one begins at {time:.2f} s" if cut and time else "holds no frame")
+            in_part = self.is_cut and seconds
+            raise ValueError(f"no frame begins in this part of it; the last one begins at {seconds:.2f} s" if in_part else "holds no frame")
 
-    def _from_keyframe(self, container, first: Fraction) -> Iterator[av.VideoFrame]:
-        """Decodes from a keyframe that no frame of the cut comes before. Seeking may land behind such a one (open GOPs; streams
-        without an index), so what comes is looked at, and if need be the search goes on further ahead."""
-        back = 0
+    def _from_keyframe(self, container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+        """Decodes from a keyframe that no frame of the cut comes before.
+
+        Seeking may land behind such a one (open GOPs; streams without an index), so what comes is looked at, and if
+        need be the search goes on further ahead.
+        """
+        back, zero = 0, start_of(container)
         while self.start and back < self.start:
-            stream = container.streams.video[0]
-            container.seek(int((first + Fraction(self.start) - back) / stream.time_base), stream=stream)
+            stream = video_stream(container)
+            container.seek(int((zero + Fraction(self.start) - back) / stream.time_base), stream=stream)
             frames = container.decode(stream)
             frame = next(frames, None)
-            if frame is not None and (frame.pts is None or _seconds(frame, first) <= self.start):
+            if frame is not None and (frame.pts is None or float(frame.pts * frame.time_base - zero) + TIME_EPS <= self.start):
                 yield frame
                 yield from frames
                 return
             back = 2 * back or 1
         with open_video(self.path) as container:
-            yield from container.decode(video=0)
-
-
-def _seconds(frame: av.VideoFrame, first: Fraction) -> float:
-    """When a frame begins, with some slack."""
-    return float(frame.pts * frame.time_base - first) + SLACK if frame.pts is not None else 0.0
+            yield from container.decode(video_stream(container))
 
 
 @dataclass(frozen=True)
@@ -217,15 +321,15 @@ class ImageFiles:
     def source(self) -> str:
         return str(Path(self.folder, self.names[0]).parent) if self.names else self.folder
 
-    def frames(self) -> tuple[Fraction, Iterator[av.VideoFrame]]:
-        return Fraction(self.fps), upright(self._decode())
+    def frames(self) -> tuple[Fraction, Iterator[tuple[float, av.VideoFrame]]]:
+        return Fraction(self.fps), ((i / self.fps, frame) for i, frame in enumerate(upright(self._decode())))
 
     def _decode(self) -> Iterator[av.VideoFrame]:
         images = (name for name in os.listdir(self.folder) if Path(name).suffix.lower() in IMAGES) if not self.names else ()
         for name in self.names or sorted(images, key=_by_number):
             try:
                 with open_video(Path(self.folder, name).read_bytes()) as image:
-                    frame = next(image.decode(video=0), None)
+                    frame = next(image.decode(video_stream(image)), None)
             except (ValueError, av.FFmpegError) as error:
                 raise ValueError(f"{name} is no image: {error}") from None
             if frame is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import av
 
-from flallm.corpora import BROKEN, MISSING, Clip, LeftOut, VideoFile, clip, existing, found, open_video, read_table
+from flallm.corpora import BROKEN, MISSING, Clip, LeftOut, VideoFile, clip, existing, found, open_video, read_table, start_of, video_stream
 
 HEADER = ["VIDEO_ID", "VIDEO_NAME", "SENTENCE_ID", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE"]
 SPLITS = {"train": "train", "val": "dev", "test": "test"}
@@ -60,10 +60,13 @@ def _rows(table: Path, split: str, files: dict[str, str], precut: bool) -> Itera
 
 
 def _length(path: str) -> float:
-    """Seconds of a video; infinite where nothing tells, for then the encoder will say what is wrong with it."""
+    """Seconds from a container's start to the end of its video; infinite where nothing tells, for then the encoder will
+    say what is wrong with it."""
     try:
         with open_video(path) as container:
-            stream = container.streams.video[0]
-            return float(stream.duration * stream.time_base) if stream.duration else (container.duration or math.inf) / av.time_base
+            stream = video_stream(container)
+            if stream.duration:
+                return float(((stream.start_time or 0) + stream.duration) * stream.time_base - start_of(container))
+            return (container.duration or math.inf) / av.time_base
     except BROKEN:
         return math.inf

@@ -308,10 +308,11 @@ class Performance:
     def source(self) -> str:
         return f"synthetic:signer={self.signer}"
 
-    def frames(self) -> tuple[Fraction, Iterator[av.VideoFrame]]:
+    def frames(self) -> tuple[Fraction, Iterator[tuple[float, av.VideoFrame]]]:
         rng, signer = np.random.default_rng(self.seed), make_signer(self.signer)
         poses = perform([lexicon(self.dials)[g] for g in self.glosses], signer, rng, self.dials.assimilation)
-        return Fraction(FPS), (av.VideoFrame.from_ndarray(f, "rgb24") for f in render(poses, signer, self.size, rng))
+        images = render(poses, signer, self.size, rng)
+        return Fraction(FPS), ((i / FPS, av.VideoFrame.from_ndarray(image, "rgb24")) for i, image in enumerate(images))
 
 
 def signers(dials: Dials = DEMO) -> dict[str, range]:
