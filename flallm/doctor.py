@@ -128,6 +128,9 @@ def _shards(config: Config) -> Iterator[Row]:
         except (UserError, OSError, ImportError) as error:
             yield MISS, f"data: {split}", str(error)
             continue
+        if warning := clips.shards.color_warning():
+            yield MISS, f"data: {split}", warning
+            continue
         numbers = np.unique(np.linspace(0, len(clips.used) - 1, min(SAMPLES, len(clips.used))).astype(int)).tolist()
         bad, seconds, frames = [], 0.0, 0
         for number in numbers:

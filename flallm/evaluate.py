@@ -44,6 +44,8 @@ def decode_split(
     said while it takes its time; nothing where it is empty."""
     clips = Clips(split, config.data, config.seed)
     check_features(clips, model)
+    if title and ranks.first and (warning := clips.shards.color_warning()):
+        print(f"warning: {warning}", file=sys.stderr)
     count = len(clips.used)
     # Some of them are taken from everywhere: a video's or a signer's clips lie one after another.
     numbers = np.arange(count) if not limit or limit >= count else np.unique(np.linspace(0, count - 1, limit).astype(int))

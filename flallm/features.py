@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,10 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
         "precision": "bf16" if engine.computes_in_bf16(config.train, ranks.device.type) else "fp32"
     }
     sums = {split: hashlib.sha256(np.ascontiguousarray(clips.shards.index["checksum"])).hexdigest() for split, clips in splits.items()}
-    made_from = {"format": tars.FORMAT, "features": made_by, "source_sha256": sums}
+    shards = next(iter(splits.values())).shards
+    if ranks.first and (warning := shards.color_warning()):
+        print(f"warning: {warning}", file=sys.stderr)
+    made_from = {"format": shards.format, "features": made_by, "source_sha256": sums}
     parts = {out / f"{split}-{n:06d}.tar": (split, n) for split, clips in splits.items() for n in range(len(clips.shards.shard_bytes))}
     done = tars.begin(out, made_from) if ranks.first else None
     done, missing = ranks.gather((done, [path for path in parts if not path.exists()]))[0]
@@ -54,7 +58,6 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
                 bar.update()
     ranks.gather(None)  # all shards are there
     if ranks.first:
-        shards = next(iter(splits.values())).shards
         dataset = {**made_from, "corpus": shards.corpus, "options": {"fps": shards.fps or None}, "left_out": []}
         tars.join(out, [(path, split) for path, (split, _) in parts.items()], dataset, json.dumps(made_from))
     ranks.gather(None)

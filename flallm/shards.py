@@ -32,7 +32,8 @@ from flallm.corpora import Clip, LeftOut
 from flallm.encode import Options, encode_all
 from flallm.store import Store
 
-FORMAT = 2
+FORMAT = 3
+RIGHT_COLORS_SINCE = 3  # before, full-range and BT.709 sources were taken for limited range and BT.601
 COLUMNS = {
     "shard": np.int32,
     "video_offset": np.int64,
@@ -217,6 +218,8 @@ def _read_dataset(store: Store, folder: str) -> dict:
         splits, features, corpus = dataset["splits"], dataset.setdefault("features", {}), dataset.setdefault("corpus", {})
         if not isinstance(corpus, dict):
             raise ValueError("its corpus is none")
+        if not isinstance(dataset.setdefault("format", 1), int):
+            raise ValueError("its format is no number")
         least = {"channels": 1, "copies": 0, "stride": 1, "max_frames": 1}
         if features and not (
             all(isinstance(features[name], int) and features[name] >= at for name, at in least.items()) and features["dtype"] in ("bf16", "fp16", "fp32")
@@ -254,6 +257,7 @@ class Shards:
         splits, self.features, self.corpus = (dataset[name] for name in ("splits", "features", "corpus"))
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
+        self.format = dataset["format"]
         self.fps = _frame_rate(dataset)  # that all clips were brought to; 0: each has its own
         self.shard_bytes, self.index = splits[split]["shard_bytes"], self._read_index()
         if len(self) != splits[split]["clips"]:
@@ -266,6 +270,14 @@ class Shards:
                 path = Path(self.store.root, self._shard(number))
                 if not path.is_file() or path.stat().st_size != size:
                     raise UserError(f"{path} is {'cut short or altered' if path.is_file() else 'missing'}: make it again with tools/make_shards.py")
+
+    def color_warning(self) -> str:
+        """One line for people where these shards were made with wrong colours, else ""."""
+        is_drawn = self.corpus.get("name") == "synthetic"  # RGB without tags, which was always converted right
+        if self.format >= RIGHT_COLORS_SINCE or is_drawn:
+            return ""
+        remedy = "flallm features, from a run on new shards" if self.features else "tools/make_shards.py"
+        return f"{self.folder} was made by an earlier version that changed colours and contrast: make it again with {remedy}, and train anew"
 
     def _read_index(self) -> dict[str, np.ndarray]:
         name = f"{self.split}.index.safetensors"

@@ -85,6 +85,8 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         state = checkpoint.restore(*found, engine, ranks, config.seed) if found else State()
         with engines.whole(engine):
             log = Log(config, run, ranks, total, text, model, state)
+        if warning := clips.shards.color_warning():
+            log.say(f"warning: {warning}")
         if config.stage == "stage2" and not found:
             reached, last = checkpoint.progress(stage1)
             if reached < last:

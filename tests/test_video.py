@@ -1,6 +1,8 @@
 """What a model sees is what the file shows: colours, times and rates of real files, from shards and in translate."""
 
 import io
+import json
+import shutil
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -17,6 +19,7 @@ from flallm import translate, video
 from flallm.color import FrameConverter
 from flallm.corpora import Clip, ImageFiles, VideoFile
 from flallm.encode import Options, encode
+from flallm.shards import Shards
 
 GREYS = [(17 * i,) * 3 for i in range(16)]
 PATCHES = [
@@ -131,9 +134,7 @@ def test_hdr_is_mapped_so_that_reference_white_is_white(transfer, reference_whit
     """203 cd/m² are 58 % of PQ's signal and 75 % of HLG's (ITU-R BT.2408, table 1)."""
     converter = FrameConverter()
     signals = (0.0, 0.3 * reference_white, 0.9 * reference_white, reference_white, 1.0)
-    black, dark, bright, white, highlight = (
-        int(converter.to_rgb(wide_frame(transfer, signal), 8, 8).mean()) for signal in signals
-    )
+    black, dark, bright, white, highlight = (int(converter.to_rgb(wide_frame(transfer, signal), 8, 8).mean()) for signal in signals)
     assert black == 0 and 0 < dark < bright < 250 and white >= 250 and highlight >= 250
     yuv = converter.to_shard_yuv(wide_frame(transfer, reference_white), 64, 64)
     assert converter.to_rgb(yuv, 8, 8).mean() >= 250
@@ -205,8 +206,7 @@ def test_a_frame_of_a_resampled_clip_is_the_one_on_screen_at_its_time(tmp_path, 
 def test_a_file_whose_header_states_another_rate_is_resampled_by_its_frames_times(tmp_path):
     path = write_numbered(tmp_path / "a.mkv", [Fraction(i, 10) for i in range(30)], rate=25)
     assert VideoFile(path).rate() == 10
-    content, meta = encode(Clip("k", "train", "t", VideoFile(path)), Options(fps=20))
-    assert meta["num_frames"] == 60
+    assert encode(Clip("k", "train", "t", VideoFile(path)), Options(fps=20))[1]["num_frames"] == 60
     assert encode(Clip("k", "train", "t", VideoFile(path)), Options())[1]["fps"] == 10
 
 
@@ -262,8 +262,19 @@ def test_the_stretches_of_joined_recordings_follow_one_another(tmp_path):
         spans = [span for span, _ in translate._clips(str(joined), None, 0.5, cfg.Config(data=data))]
         assert [(span.start, span.error) for span in spans] == [(n / 2, None) for n in range(8)]
         assert all(span.start < span.end for span in spans)
-        with pytest.raises(ValueError, match="its clock jumps after 1.9"):
+        with pytest.raises(ValueError, match=r"its clock jumps after 1\.9"):
             numbers(VideoFile(str(joined), 1.0, 1.5))
         assert len(numbers(VideoFile(str(joined)))) == 100
-        resampled, meta = encode(Clip("k", "train", "t", VideoFile(str(joined))), Options(fps=12.5))
-        assert meta["num_frames"] == 50
+        clip = Clip("k", "train", "t", VideoFile(str(joined)))
+        assert encode(clip, Options(fps=12.5))[1]["num_frames"] == 50
+
+
+def test_shards_of_an_earlier_version_are_named_unless_their_frames_were_drawn(shards, small, tmp_path):
+    old = shutil.copytree(shards, tmp_path / "old")
+    dataset = json.loads((old / "dataset.json").read_text())
+    (old / "dataset.json").write_text(json.dumps(dataset | {"format": 2, "corpus": {"name": "manifest"}}))
+    warning = Shards(old, "test").color_warning()
+    assert "changed colours" in warning and "make_shards.py" in warning and "\n" not in warning
+    (old / "dataset.json").write_text(json.dumps(dataset | {"format": 2}))
+    assert dataset["corpus"]["name"] == "synthetic" and not Shards(old, "test").color_warning()
+    assert dataset["format"] == 3 and not Shards(shards, "test").color_warning()
