@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from flallm import UserError
+from flallm import UserError, visible_files
 from flallm.video import Augment
 
 STAGES = ("stage1", "stage2", "joint")
@@ -192,7 +192,7 @@ def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) ->
 def _sections(recipe: str, beside: Path, above: tuple[Path, ...] = ()) -> tuple[Path, dict]:
     """(a recipe's file, its sections; where it names a `base`, another recipe, these are that one's with its own fields put in). beside: the folder of the
     file that names it; above: those that led here."""
-    builtin = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    builtin = {file.stem: file for file in visible_files(Path(__file__).parent / "recipes", "*.yaml")}
     path = builtin.get(recipe, beside / recipe)
     if not os.path.isfile(path):  # which takes a name that is too long for false
         raise UserError("".join(f"{file}: base: " for file in above[-1:]) + f"no recipe {recipe!r}: name a YAML file or one of {', '.join(builtin)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from flallm import UserError, __version__, checkpoint, make_folder
+from flallm import UserError, __version__, checkpoint, make_folder, visible_files
 from flallm import config as cfg
 from flallm.config import Config
 from flallm.evaluate import load_run
@@ -78,7 +78,7 @@ def _card(run: Path, config: Config, parameters: int, licence: str) -> str:
     except UserError:
         data = f"shards that are not at {config.data.shards} any more"
     rows = []
-    for path in sorted((run / "scores").glob("*.json")):
+    for path in visible_files(run / "scores", "*.json"):
         for convention, scores in json.loads(path.read_text()).items():
             if isinstance(scores, dict) and "bleu4" in scores:
                 low, high = scores["bleu4"]["ci95"]

@@ -25,7 +25,7 @@ import yaml
 from markupsafe import Markup
 from sacrebleu.metrics import CHRF
 
-from flallm import UserError, engine, make_folder, metrics, results, write_whole
+from flallm import UserError, engine, make_folder, metrics, results, visible_files, write_whole
 from flallm import config as cfg
 from flallm.evaluate import load_run
 from flallm.loader import Clips
@@ -68,7 +68,7 @@ def report(run: Path, split: str, clips: int) -> Path:
     config, notes = cfg.flat(cfg.read_run(run)), []
     make_folder(run)  # which is there; whether the page can be written is better known now
     sentences = _sentences(run, split, str(config.get("convention", "raw")), notes)
-    others = sorted(path.stem for path in (run / "predictions").glob("*.jsonl"))
+    others = [path.stem for path in visible_files(run / "predictions", "*.jsonl")]
     if not sentences and others:
         raise UserError(f"{run} has no sentences of {split} but of {', '.join(others)}: flallm evaluate {run} --split={split} writes them")
     shards, corpus = _shards(str(config.get("data.shards", "")), split, notes)

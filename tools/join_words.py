@@ -16,7 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from flallm import UserError, cli, make_folder
+from flallm import UserError, cli, make_folder, visible_files
 from flallm.corpora import Clip, VideoFile
 from flallm.corpora.synthetic import split_of
 from flallm.encode import Options, encode_all
@@ -67,7 +67,11 @@ def join(
     numbers = {name: cli.whole(name, value) for name, value in given.items()}
     if not numbers["longest"]:
         raise UserError("--longest: a sentence has at least one word")
-    files = {path.stem.lower(): VideoFile(str(path)) for path in sorted(Path(videos).glob("*.mp4"))}
+    files: dict[str, VideoFile] = {}
+    for path in visible_files(Path(videos), "*.mp4"):
+        other = files.setdefault(path.stem.lower(), VideoFile(str(path)))
+        if other.path != str(path):
+            raise UserError(f"{other.path} and {path} are videos of one word: keep one of them")
     if not files:
         raise UserError(f"{videos}: there is no .mp4 in it")
     words = list(files)
