@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -443,6 +444,7 @@ def run(commands: dict[str, Callable], name: str) -> int:
         SetParseFn(str)(command)  # which takes words as they stand, not what Fire makes of them
     try:
         words = [re.sub("^(--[^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), w) for w in sys.argv[1:] if w not in ("--help", "-h")]
+        _check_values(words)
         if len(words) < len(sys.argv) - 1:
             words = [*words[:1], "--", "--help"]  # Fire would take --help for one of a recipe's fields
         with contextlib.redirect_stderr(said):
@@ -463,6 +465,15 @@ def run(commands: dict[str, Callable], name: str) -> int:
         return job._work() or 0
     except UserError as error:
         return _mistake(name, error)
+
+
+def _check_values(words: list[str]) -> None:
+    """Raises UserError for an option without a value, of which Fire makes the text True."""
+    for word, following in itertools.pairwise([*words, "--"]):
+        if word == "--":  # what follows is for Fire
+            return
+        if re.fullmatch(r"--[\w.]+", word) and following.startswith("--"):
+            raise UserError(f"{word} has no value: write {word}=VALUE")
 
 
 def _mistake(name: str, error: object) -> int:
