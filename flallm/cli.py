@@ -439,6 +439,7 @@ COMMANDS = {
 
 def run(commands: dict[str, Callable], name: str) -> int:
     """Runs the command of sys.argv; returns the exit code: 0 done, 2 the user's mistake (one line)."""
+    _write_utf8()
     said = io.StringIO()
     for command in commands.values():
         SetParseFn(str)(command)  # which takes words as they stand, not what Fire makes of them
@@ -465,6 +466,14 @@ def run(commands: dict[str, Callable], name: str) -> int:
         return job._work() or 0
     except UserError as error:
         return _mistake(name, error)
+
+
+def _write_utf8() -> None:
+    """Makes this process and the ranks that it starts print UTF-8, as files are written, whatever the locale's encoding is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    os.environ.setdefault("PYTHONIOENCODING", "utf-8:backslashreplace")
 
 
 def _check_values(words: list[str]) -> None:

@@ -365,7 +365,7 @@ def _text(config: Config) -> Iterator[tuple[Text | Words, Config]]:
         yield Text(config.llm), config
         return
     with tempfile.TemporaryDirectory(prefix="flallm-plan-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        (Path(folder) / "config.json").write_text(json.dumps(shape), encoding="utf-8")
         yield Words(shape["vocab_size"]), replace(config, llm=replace(config.llm, path=folder))
 
 

@@ -1,10 +1,16 @@
 import inspect
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from flallm import UserError, cli, config
+from flallm.corpora import synthetic
+from flallm.encode import Options, encode
+from flallm.shards import Shards
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
@@ -167,3 +173,21 @@ def test_a_text_is_what_is_written(shards, llm, tmp_path, flallm):
     for text in ("no", "1e3", "0123", "12:30", "2024-01-02", "1.10", "5"):  # in a run's config.yaml too
         (tmp_path / "config.yaml").write_text(config.dump(config.load("demo", "stage2", {"llm.language": text})), encoding="utf-8")
         assert config.from_dict(config.Config, config.read_run(tmp_path), "").llm.language == text
+
+
+def test_text_is_utf8_whatever_the_locale_is(tmp_path):
+    """In processes whose locale knows ASCII alone."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment.pop("PYTHONIOENCODING", None)
+    (tmp_path / "clip.mp4").write_bytes(encode(next(synthetic.clips(train=1, dev=0, test=0, size=36)), Options())[0])
+    rows = [("video", "text", "split", "key"), ("clip.mp4", "schöne Grüße 你好", "train", "grün"), ("gone.mp4", "x", "train", "fünf")]
+    (tmp_path / "clips.tsv").write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    tool = Path(__file__).parents[1] / "tools/make_shards.py"
+    made = subprocess.run([sys.executable, tool, "manifest", "clips.tsv", "--out=shards"], capture_output=True, env=environment, cwd=tmp_path)
+    assert made.returncode == 0 and "train fünf: its video" in made.stdout.decode(), made.stderr
+    meta = Shards(tmp_path / "shards", "train").read(0)[1]
+    assert (meta["key"], meta["text"]) == ("grün", "schöne Grüße 你好")
+    assert json.loads((tmp_path / "shards/dataset.json").read_bytes())["left_out"][0]["key"] == "fünf"
+    (tmp_path / "own.yaml").write_text("# für Grüße\nconvention: größer\n", encoding="utf-8")
+    refused = subprocess.run([sys.executable, "-m", "flallm", "stage1", "own.yaml"], capture_output=True, env=environment, cwd=tmp_path)
+    assert refused.returncode == 2 and "convention: 'größer' is none of" in refused.stderr.decode()

@@ -91,7 +91,7 @@ def join(
         with open(Path(out) / "clips.tsv", "w", newline="", encoding="utf-8") as file:  # once there is all that it names
             csv.writer(file, "excel-tab").writerows(rows)
         text = sentences(words, "train", 20_000, numbers["longest"], numbers["seed"] + 1)
-        (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text))
+        (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text), encoding="utf-8")
 
     return cli.Job(work)
 
