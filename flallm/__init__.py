@@ -27,6 +27,16 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path} cannot be written into")
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match a pattern of `Path.glob`, sorted. Hidden ones are passed over: macOS leaves a `._a.mp4` beside an `a.mp4`."""
+    return sorted(path for path in folder.glob(pattern) if not any(is_hidden(part) for part in path.relative_to(folder).parts))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is hidden."""
+    return name.startswith(".")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that no reader and no other writer ever sees a part of it."""
     file = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", errors="replace", delete=False)  # noqa: SIM115

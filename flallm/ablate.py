@@ -139,7 +139,7 @@ class Study:
     def scores(self, run: Run) -> dict | None:
         """A finished run's scores."""
         try:
-            return json.loads((self.folder(run) / f"scores/{SPLIT}.json").read_text())
+            return json.loads((self.folder(run) / f"scores/{SPLIT}.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # not there, or cut off
             return None
 
@@ -149,8 +149,8 @@ class Study:
     def seconds(self, run: Run) -> float:
         """How long its training took, all its starts together without what an interruption lost; of features what their last start took."""
         if run.stage == "features":
-            return float((self.folder(run) / "seconds.txt").read_text())
-        return json.loads((self.folder(run) / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+            return float((self.folder(run) / "seconds.txt").read_text(encoding="utf-8"))
+        return json.loads((self.folder(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["seconds"]
 
     def timeout(self, run: Run) -> float:
         """Seconds that its ranks wait for each other."""
@@ -326,7 +326,7 @@ class Table:
 
     def _logged(self, run: Run, name: str) -> list[dict]:
         """What a run wrote down at the steps where it has this number."""
-        rows = [json.loads(line) for line in (self.study.folder(run) / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (self.study.folder(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return [row for row in rows if name in row]
 
     def _learning(self, run: Run) -> list[list[list[float]]]:
@@ -389,7 +389,7 @@ def submit(study: Study, left: list[Run], options: list[str], command: list[str]
         if wave:
             numbers = ",".join(str(study.runs.index(run)) for run in wave)
             order = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes", *options, *after, f"--array={numbers}", script, *command]
-            done = subprocess.run(order, capture_output=True, text=True)
+            done = subprocess.run(order, capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode:
                 raise UserError(f"--where=slurm: sbatch says: {done.stderr.strip()}")
             job = done.stdout.strip().split(";")[0]

@@ -121,7 +121,7 @@ class Writer:
             for name, facts in manifest["files"].items():
                 if not (self.part / name).is_file() or (self.part / name).stat().st_size != facts["bytes"]:
                     return f"{name}, of another rank, is not there: a run folder has to lie on a file system that all nodes share"
-            with open(self.part / "manifest.json", "w") as file:
+            with open(self.part / "manifest.json", "w", encoding="utf-8") as file:
                 file.write(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
                 file.flush()
                 os.fsync(file.fileno())
@@ -265,7 +265,7 @@ def lock(run: Path, ranks: Ranks) -> Iterator[None]:
     if ranks.first:
         make_folder(run)
         try:
-            file = open(run / "lock", "a+")  # noqa: SIM115 - it is held
+            file = open(run / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - it is held
         except OSError as error:
             raise UserError(f"{run} cannot be written to: {error.strerror}") from None
         try:
@@ -315,7 +315,7 @@ def _manifests(folder: Path) -> list[tuple[dict, Path]]:
 
 def _manifest(folder: Path) -> dict:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest.pop("sha256", None) == _digest(manifest):
             return manifest
     except (OSError, ValueError, AttributeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -438,11 +439,13 @@ COMMANDS = {
 
 def run(commands: dict[str, Callable], name: str) -> int:
     """Runs the command of sys.argv; returns the exit code: 0 done, 2 the user's mistake (one line)."""
+    _write_utf8()
     said = io.StringIO()
     for command in commands.values():
         SetParseFn(str)(command)  # which takes words as they stand, not what Fire makes of them
     try:
         words = [re.sub("^(--[^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), w) for w in sys.argv[1:] if w not in ("--help", "-h")]
+        _check_values(words)
         if len(words) < len(sys.argv) - 1:
             words = [*words[:1], "--", "--help"]  # Fire would take --help for one of a recipe's fields
         with contextlib.redirect_stderr(said):
@@ -463,6 +466,23 @@ def run(commands: dict[str, Callable], name: str) -> int:
         return job._work() or 0
     except UserError as error:
         return _mistake(name, error)
+
+
+def _write_utf8() -> None:
+    """Makes this process and the ranks that it starts print UTF-8, as files are written, whatever the locale's encoding is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    os.environ.setdefault("PYTHONIOENCODING", "utf-8:backslashreplace")
+
+
+def _check_values(words: list[str]) -> None:
+    """Raises UserError for an option without a value, of which Fire makes the text True."""
+    for word, following in itertools.pairwise([*words, "--"]):
+        if word == "--":  # what follows is for Fire
+            return
+        if re.fullmatch(r"--[\w.]+", word) and following.startswith("--"):
+            raise UserError(f"{word} has no value: write {word}=VALUE")
 
 
 def _mistake(name: str, error: object) -> int:

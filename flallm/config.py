@@ -14,6 +14,7 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 import typing
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from flallm import UserError
+from flallm import UserError, visible_files
 from flallm.video import Augment
 
 STAGES = ("stage1", "stage2", "joint")
@@ -40,6 +41,8 @@ AT_LEAST_1 = {  # every other number is 0 at the least, but those of SIGNED
 }  # fmt: skip
 SIGNED = {"llm.lora.alpha", "decode.length_penalty"}
 SHARES = ("train.llm_start", "train.warmup", "train.label_smoothing", "light_t.dropout", "llm.dropout")  # from 0 to below 1
+DATE = "tag:yaml.org,2002:timestamp"
+READ_AS_OTHER = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", DATE)  # what YAML can take a text without quotes for
 PLACE = "{video}"  # where the features stand in a prompt
 
 
@@ -192,7 +195,7 @@ def load(recipe: str, stage: str, overrides: dict[str, object] | None = None) ->
 def _sections(recipe: str, beside: Path, above: tuple[Path, ...] = ()) -> tuple[Path, dict]:
     """(a recipe's file, its sections; where it names a `base`, another recipe, these are that one's with its own fields put in). beside: the folder of the
     file that names it; above: those that led here."""
-    builtin = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    builtin = {file.stem: file for file in visible_files(Path(__file__).parent / "recipes", "*.yaml")}
     path = builtin.get(recipe, beside / recipe)
     if not os.path.isfile(path):  # which takes a name that is too long for false
         raise UserError("".join(f"{file}: base: " for file in above[-1:]) + f"no recipe {recipe!r}: name a YAML file or one of {', '.join(builtin)}")
@@ -235,6 +238,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor(DATE, lambda loader, node: node.value)  # no field is a date
+
+
 def read_run(run: Path) -> dict:
     """The config.yaml of a run folder."""
     path = run / "config.yaml"
@@ -244,13 +250,44 @@ def read_run(run: Path) -> dict:
 
 
 def read_yaml(path: Path) -> dict:
+    """The sections of a recipe, of a run's config.yaml, or of another file in YAML. Raises UserError where YAML gives a field of a recipe another value than is written."""
     try:
-        content = yaml.load(path.read_text(), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        content = loader.construct_document(node) if node else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no recipe: sections such as `data:` were expected")
+    _check_mapping(loader, node, typing.get_type_hints(Config) | dict.fromkeys(STAGES, Train) | {"base": str}, str(path))
     return content
+
+
+def _check_mapping(loader: _Loader, node: yaml.MappingNode, hints: dict, where: str, section: str = "") -> None:
+    """where: the file; section: the dotted name of the mapping, with a dot at its end."""
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.value in hints:
+            _check_field(loader, value, _kind(hints[key.value]), where, section + key.value)
+
+
+def _check_field(loader: _Loader, node: yaml.Node, kind, where: str, name: str) -> None:
+    """Raises UserError where a text without quotes is read as something else (no as false, 12:30 as 750), or a number as another one (010 as 8)."""
+    if is_dataclass(kind) and isinstance(node, yaml.MappingNode):
+        _check_mapping(loader, node, typing.get_type_hints(kind), where, f"{name}.")
+    elif typing.get_origin(kind) is tuple:
+        for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            _check_field(loader, item, typing.get_args(kind)[0], where, name)
+    elif isinstance(node, yaml.ScalarNode) and node.tag in READ_AS_OTHER:
+        text, value = node.value, loader.construct_object(node)
+        read_as = str(value)
+        if isinstance(value, bool):
+            read_as = read_as.lower()
+        elif node.tag == DATE:
+            read_as = "a date"
+        if kind is str and (isinstance(value, bool) or read_as != text):
+            raise UserError(f'{where}: {name}: YAML reads {text} as {read_as}; write it in quotes: {name.rpartition(".")[2]}: "{text}"')
+        if kind in (int, float) and re.search(r":|^[-+]?0[0-7_]+$", text):
+            raise UserError(f"{where}: {name}: YAML reads {text} as {read_as}; write the number that is meant, without a colon and without 0 before it")
 
 
 def from_dict(cls, values: dict, where: str):
@@ -351,12 +388,17 @@ def _suggest(name: str, known, dashes: str = "") -> str:
     return f": did you mean {dashes}{match[0]}?" if match else f" (it has: {', '.join(known)})" if not dashes else ": see the recipe for its fields"
 
 
+def _kind(hint):
+    """The type of a field without its None."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next(option for option in options if option is not type(None))
+
+
 def _coerce(value, hint, where: str):
     """The value as the field's type: YAML reads 1e-3 as text, and on the command line everything is text."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if type(None) in options and (value is None or value in ("null", "none", "None")):
+    if type(None) in typing.get_args(hint) and (value is None or value in ("null", "none", "None")):
         return None
-    kind = next(o for o in options if o is not type(None))
+    kind = _kind(hint)
     try:
         if is_dataclass(kind) and isinstance(value, dict):
             return from_dict(kind, value, where)

@@ -34,6 +34,7 @@ from flallm.loader import Batch, Clips
 from flallm.model.llm import ATTENTION
 from flallm.model.translator import Translator
 from flallm.plan import make_plan
+from flallm.shards import NoShards
 from flallm.text import Text
 from flallm.video import used_frames
 
@@ -112,7 +113,7 @@ class Corpus:
 
 AT = (0, 5, 25, 50, 75, 95, 99, 100)
 CORPORA = {
-    "phoenix14t": Corpus(7096, (16, 43, 83, 112, 144, 208, 259, 475), 0.65),  # paper.md's percentiles
+    "phoenix14t": Corpus(7096, (16, 43, 83, 112, 144, 208, 259, 475), 0.65),  # as its annotations have them
     "csl-daily": Corpus(18401, (30, 60, 90, 115, 150, 220, 290, 500), 0.12),  # [assumed] around 4 s at 30 fps, 16 characters: 20.6 hours of 18,401 clips
     "web": Corpus(10**7, (10, 35, 70, 115, 185, 340, 550, 1500), 0.5),  # [assumed] 5.8 s a clip
     "how2sign": Corpus(31165, (15, 40, 95, 160, 260, 500, 760, 2500), 0.5),  # [assumed] around 8 s at 24 and 30 fps
@@ -343,7 +344,7 @@ def _lengths(config: Config) -> tuple[np.ndarray, np.ndarray, str, float, bool]:
             sum(clips.shards.shard_bytes) / len(clips.used),
             bool(clips.features),
         )
-    except UserError as error:
+    except NoShards as error:
         if config.name not in CORPORA:
             raise UserError(f"{error}. Lengths without shards are known of {', '.join(CORPORA)}") from None
     frames, texts = CORPORA[config.name].lengths()
@@ -364,7 +365,7 @@ def _text(config: Config) -> Iterator[tuple[Text | Words, Config]]:
         yield Text(config.llm), config
         return
     with tempfile.TemporaryDirectory(prefix="flallm-plan-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        (Path(folder) / "config.json").write_text(json.dumps(shape), encoding="utf-8")
         yield Words(shape["vocab_size"]), replace(config, llm=replace(config.llm, path=folder))
 
 

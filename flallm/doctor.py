@@ -112,7 +112,9 @@ def _slurm() -> Row:
     if not shutil.which("sbatch"):
         return OK, "Slurm", "none here: start runs with flallm, torchrun or deepspeed"
     try:
-        answer = subprocess.run(["sinfo", "--noheader", "--format=%P %a %D %G"], capture_output=True, text=True, timeout=30, check=False)
+        answer = subprocess.run(
+            ["sinfo", "--noheader", "--format=%P %a %D %G"], capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False
+        )
     except subprocess.TimeoutExpired:
         return WARN, "Slurm", "sinfo does not answer within 30 s"
     if answer.returncode:

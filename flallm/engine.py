@@ -327,7 +327,7 @@ def deepspeed_config(config: Train, device: str) -> dict:
     if not path.exists() and path.parent.name in ("", "ds_configs"):  # ours, by its name, from any working folder
         path = folder / path.name
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"train.deepspeed: {path} cannot be read as JSON: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):

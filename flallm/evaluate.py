@@ -146,5 +146,5 @@ def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
 
 
 def note_bad_samples(run: Path, bad: list[dict]) -> None:
-    with open(run / "bad_samples.jsonl", "a") as file:
+    with open(run / "bad_samples.jsonl", "a", encoding="utf-8") as file:
         file.writelines(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)

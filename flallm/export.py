@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from flallm import UserError, __version__, checkpoint, make_folder
+from flallm import UserError, __version__, checkpoint, make_folder, visible_files
 from flallm import config as cfg
 from flallm.config import Config
 from flallm.evaluate import load_run
@@ -60,8 +60,8 @@ def export(run: Path, out: Path, merge: bool, licence: str) -> None:
     save_file(checkpoint.unique_tensors(model), part / "model.safetensors")
     card = _card(run, config, sum(p.numel() for p in model.parameters()), licence)
     config.llm.path, config.data.shards = "llm", ""
-    (part / "config.yaml").write_text(cfg.dump(config))
-    (part / "README.md").write_text(card)
+    (part / "config.yaml").write_text(cfg.dump(config), encoding="utf-8")
+    (part / "README.md").write_text(card, encoding="utf-8")
     part.replace(out)
 
 
@@ -78,8 +78,8 @@ def _card(run: Path, config: Config, parameters: int, licence: str) -> str:
     except UserError:
         data = f"shards that are not at {config.data.shards} any more"
     rows = []
-    for path in sorted((run / "scores").glob("*.json")):
-        for convention, scores in json.loads(path.read_text()).items():
+    for path in visible_files(run / "scores", "*.json"):
+        for convention, scores in json.loads(path.read_text(encoding="utf-8")).items():
             if isinstance(scores, dict) and "bleu4" in scores:
                 low, high = scores["bleu4"]["ci95"]
                 signature = scores["signature"]["bleu"].replace("|", r"\|")  # which would end a cell

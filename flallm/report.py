@@ -25,7 +25,7 @@ import yaml
 from markupsafe import Markup
 from sacrebleu.metrics import CHRF
 
-from flallm import UserError, engine, make_folder, metrics, results, write_whole
+from flallm import UserError, engine, make_folder, metrics, results, visible_files, write_whole
 from flallm import config as cfg
 from flallm.evaluate import load_run
 from flallm.loader import Clips
@@ -68,7 +68,7 @@ def report(run: Path, split: str, clips: int) -> Path:
     config, notes = cfg.flat(cfg.read_run(run)), []
     make_folder(run)  # which is there; whether the page can be written is better known now
     sentences = _sentences(run, split, str(config.get("convention", "raw")), notes)
-    others = sorted(path.stem for path in (run / "predictions").glob("*.jsonl"))
+    others = [path.stem for path in visible_files(run / "predictions", "*.jsonl")]
     if not sentences and others:
         raise UserError(f"{run} has no sentences of {split} but of {', '.join(others)}: flallm evaluate {run} --split={split} writes them")
     shards, corpus = _shards(str(config.get("data.shards", "")), split, notes)
@@ -136,8 +136,8 @@ def _render(found: dict) -> str:
     )
     environment.filters |= {"duration": _duration, "thin": _thin}
     environment.globals |= {"reachable": metrics.REACHABLE, "number": _points, "interval": lambda score: f"[{score['ci95'][0]:.2f}, {score['ci95'][1]:.2f}]"}
-    script = Markup((HERE / "page/uPlot.iife.min.js").read_text() + (HERE / "page/report.js").read_text())
-    style = Markup((HERE / "page/uPlot.min.css").read_text() + (HERE / "page/report.css").read_text())
+    script = Markup((HERE / "page/uPlot.iife.min.js").read_text(encoding="utf-8") + (HERE / "page/report.js").read_text(encoding="utf-8"))
+    style = Markup((HERE / "page/uPlot.min.css").read_text(encoding="utf-8") + (HERE / "page/report.css").read_text(encoding="utf-8"))
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     data = Markup(json.dumps(found["charts"]).replace("<", "\\u003c"))  # ends no <script>
     return environment.get_template("report.html").render(**found, script=script, style=style, allowed=allowed, data=data)
@@ -149,7 +149,7 @@ def _printable(value):
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace").strip() if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
 
 def _json(path: Path) -> dict:
@@ -163,7 +163,7 @@ def _json(path: Path) -> dict:
 def _jsonl(path: Path) -> list[dict]:
     """The rows that can be read: a run that was killed may have left half a line."""
     rows = []
-    for line in _text(path).splitlines():
+    for line in _text(path).split("\n"):  # a sentence may hold what else Unicode calls a line break
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError):
@@ -294,7 +294,7 @@ def _differs(config: dict[str, object]) -> dict[str, object] | None:
 
 def _published(corpus: str, split: str, scores: dict) -> dict | None:
     """The table of the data set with the run in it, and how far the two can be compared."""
-    table = yaml.safe_load((HERE / "published.yaml").read_text()).get(corpus)
+    table = yaml.safe_load((HERE / "published.yaml").read_text(encoding="utf-8")).get(corpus)
     if not table or table["convention"] not in scores:
         return None
     mine = scores[table["convention"]]

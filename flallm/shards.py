@@ -16,7 +16,6 @@ import json
 import os
 import tarfile
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -29,6 +28,7 @@ from safetensors.numpy import save_file
 
 from flallm import UserError, make_folder, progress, write_whole
 from flallm.corpora import Clip, LeftOut
+from flallm.corpora.rows import checked, no_clip_left
 from flallm.encode import Options, encode_all
 from flallm.store import Store
 
@@ -53,18 +53,8 @@ def make_shards(
 ) -> dict:
     """Writes the shards of `clips` into `out` and returns what `dataset.json` says. `corpus` names the data set and its arguments.
     With `part` (i, n) only every n-th shard from the i-th on is made, and {} comes back."""
-    out, splits, left_out = Path(out), {}, []
-    for clip in clips:
-        if isinstance(clip, LeftOut):
-            left_out.append(asdict(clip))
-        else:
-            splits.setdefault(clip.split, []).append(clip)
-    if not splits:
-        raise UserError("the corpus holds no clip: nothing to make shards of")
-    for split, members in splits.items():
-        key, count = Counter(clip.key for clip in members).most_common(1)[0]
-        if count > 1:
-            raise UserError(f"two clips of {split} have the key {key!r}: keys must be unique")
+    out = Path(out)
+    splits, left_out = checked(clips)
     rows = hashlib.sha256(json.dumps([[_row(clip) for members in splits.values() for clip in members], left_out]).encode())
     made_from = {"format": FORMAT, "corpus": corpus, "options": asdict(options), "source_sha256": rows.hexdigest()}
     if made := begin(out, made_from):
@@ -128,6 +118,7 @@ def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str 
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path.with_suffix('.rows')} is altered ({error!r}): remove it and {path}, and make them again") from None
         columns.setdefault(split, []).append(rows)
+    _refuse_empty(shards, columns, dataset["left_out"])
     for split, parts in columns.items():
         index = {name: np.concatenate([rows[name] for rows in parts]) for name in COLUMNS}
         index["shard"] = np.repeat(np.arange(len(parts), dtype=np.int32), [len(rows["frames"]) for rows in parts])
@@ -141,6 +132,17 @@ def join(out: Path, shards: list[tuple[Path, str]], dataset: dict, made_by: str 
     for path, _ in shards:
         path.with_suffix(".rows").unlink(missing_ok=True)
     return dataset
+
+
+def _refuse_empty(shards: list[tuple[Path, str]], columns: dict[str, list[dict[str, np.ndarray]]], left_out: list[dict]) -> None:
+    """Raises UserError where no clip of a split is left. Its shards go, so that the same command makes them again once the files are mended."""
+    empty = [split for split, parts in columns.items() if not sum(len(rows["frames"]) for rows in parts)]
+    for path, split in shards:
+        if split in empty:
+            path.unlink()
+            path.with_suffix(".rows").unlink()
+    if empty:
+        raise UserError("; ".join(no_clip_left(split, left_out) for split in empty))
 
 
 def _samples(clips: list[Clip], encoded: Iterator[tuple[bytes, dict] | str], bar) -> Iterator[tuple[str, bytes, dict, list] | dict]:
@@ -212,7 +214,8 @@ def splits_of(folder: str | Path) -> list[str]:
 
 
 def _read_dataset(store: Store, folder: str) -> dict:
-    """`dataset.json`; of it are sure "splits": {split: {"clips", "frames", "shard_bytes"}}, "features": what made them, {} where they are videos, and "corpus"."""
+    """`dataset.json`; of it are sure "splits": {split: {"clips", "frames", "shard_bytes"}}, "features": what made them, {} where they are videos, "corpus",
+    and "left_out": [{"split", "cause"}]."""
     try:
         dataset = json.loads(store.read("dataset.json"))
         splits, features, corpus = dataset["splits"], dataset.setdefault("features", {}), dataset.setdefault("corpus", {})
@@ -227,9 +230,13 @@ def _read_dataset(store: Store, folder: str) -> dict:
             raise ValueError("its features are none")
         if not all(isinstance(s["clips"], int) and all(isinstance(b, int) for b in s["shard_bytes"]) for s in splits.values()):
             raise ValueError("a count is none")
+        if not all(isinstance(row["split"], str) and isinstance(row["cause"], str) for row in dataset.setdefault("left_out", [])):
+            raise ValueError("a row that is left out has no cause")
+        if not splits:
+            raise ValueError("it has no split")
         return dataset
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no finished shards (no dataset.json): make them with tools/make_shards.py") from None
+        raise NoShards(f"{folder} holds no finished shards (no dataset.json): make them with tools/make_shards.py") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/dataset.json cannot be read ({error}): make the shards again with tools/make_shards.py") from None
 
@@ -238,6 +245,10 @@ def _frame_rate(dataset: dict) -> float:
     options = dataset.get("options")
     fps = options.get("fps") if isinstance(options, dict) else None
     return float(fps) if isinstance(fps, int | float) and 0 < fps < 1000 else 0.0
+
+
+class NoShards(UserError):
+    """A folder without finished shards."""
 
 
 class BadSample(Exception):
@@ -258,6 +269,8 @@ class Shards:
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
         self.format = dataset["format"]
+        if not splits[split]["clips"]:
+            raise UserError(f"{folder}: {no_clip_left(split, dataset['left_out'])}: make the shards again with tools/make_shards.py")
         self.fps = _frame_rate(dataset)  # that all clips were brought to; 0: each has its own
         self.shard_bytes, self.index = splits[split]["shard_bytes"], self._read_index()
         if len(self) != splits[split]["clips"]:

@@ -270,7 +270,7 @@ class Log:
         path = self.run / name
         if not path.exists():
             return
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.state.step]  # the last may be half a line
         write_whole(path, "".join(f"{line}\n" for line in kept))
 
@@ -332,7 +332,7 @@ class Log:
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
         if self.ranks.first:
-            with open(self.run / "skipped.jsonl", "a") as file:
+            with open(self.run / "skipped.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": self.state.step, "rank": rank, "why": why} | part) + "\n" for rank, part in enumerate(parts))
         self.say(f"step {self.state.step}/{self.total}  warning: {why}, the step is left out; its clips are in skipped.jsonl")
 
@@ -376,7 +376,7 @@ class Log:
 
     def _write(self, values: dict[str, float]) -> None:
         if self.ranks.first:
-            with open(self.run / "metrics.jsonl", "a") as file:
+            with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.state.step, "seconds": round(self.up_to_now().seconds, 2), **values}) + "\n")
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, self.state.step)
@@ -403,4 +403,4 @@ def revision() -> str | None:
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
-    return subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    return subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", errors="replace").stdout.strip() or None

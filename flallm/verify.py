@@ -18,9 +18,9 @@ from flallm.workers import Lost, Workers
 
 
 def verify(folder: str, splits: list[str], processes: int) -> Iterator[str]:
-    """A line for everything that is wrong in these splits."""
-    for split in splits:
-        shards = Shards(folder, split)
+    """A line for everything that is wrong in these splits. Raises UserError for a split that cannot be opened, before any is read."""
+    opened = {split: Shards(folder, split) for split in splits}
+    for split, shards in opened.items():
         keys: Counter[str] = Counter()
         numbers = [np.flatnonzero(shards.index["shard"] == n) for n in range(len(shards.shard_bytes))]
         with Workers(processes, "flallm.verify") as workers, progress(len(shards), "clip", split) as bar:

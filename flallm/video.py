@@ -21,7 +21,7 @@ ENLARGED = 1.5  # times the size they are squeezed to, frames can still be warpe
 
 @dataclass
 class Augment:
-    """What is drawn once a clip in training. Sources: paper.md's [I], GFSLT-VLP; never a horizontal flip (hands have sides)."""
+    """What is drawn once a clip in training. Source: GFSLT-VLP, [I] of flallm/config.py; never a horizontal flip (hands have sides)."""
 
     probability: float = 0.5  # of each of the three
     rotate: float = 30  # degrees, either way

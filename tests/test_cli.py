@@ -1,10 +1,16 @@
 import inspect
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from flallm import UserError, cli
+from flallm import UserError, cli, config
+from flallm.corpora import synthetic
+from flallm.encode import Options, encode
+from flallm.shards import Shards
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
@@ -93,6 +99,8 @@ def test_names_and_options_are_frozen():
         (["nosuch"], "nosuch"),
         (["stage1", "demo", "--train.deepspeed_override.x=1"], "did you mean --train.deepspeed_overrides?"),
         (["stage1", "demo", "--data.shards=~/none"], f"{Path.home()}/none holds no finished shards"),
+        (["stage1", "demo", "--llm.language"], "--llm.language has no value: write --llm.language=VALUE"),
+        (["stage1", "demo", "--name", "--train.steps=5"], "--name has no value"),
         (["stage1", "demo", "--data.shards=none"], "make them with tools/make_shards.py"),
     ],
 )
@@ -133,6 +141,19 @@ def test_help_names_every_option(command, tmp_path, flallm):
         ("stage1:\n", "own.yaml: stage1: None is not a section"),
         ("stage1: {steps: 4}\nstage1: {batch: 8}\n", "'stage1' is there twice"),
         ("data: !!map [a, b]\n", "own.yaml cannot be read as YAML"),
+        ("llm: {language: no}\n", 'own.yaml: llm.language: YAML reads no as false; write it in quotes: language: "no"'),
+        ("base: demo\nllm:\n  language: On\n", 'llm.language: YAML reads On as true; write it in quotes: language: "On"'),
+        ("llm: {lora: {targets: [q_proj, off]}}\n", 'llm.lora.targets: YAML reads off as false; write it in quotes: targets: "off"'),
+        ("defaults: &x {language: y, path: yes}\nllm: {<<: *x}\n", "llm.path: YAML reads yes as true"),
+        ("stage2: {optimizer: true}\n", 'stage2.optimizer: YAML reads true as true; write it in quotes: optimizer: "true"'),
+        ("name: 0123\n", 'name: YAML reads 0123 as 83; write it in quotes: name: "0123"'),
+        ("name: 12:30\n", "name: YAML reads 12:30 as 750"),
+        ("name: 1.0e+3\n", "name: YAML reads 1.0e+3 as 1000.0"),
+        ("name: 2024-01-02\n", 'name: YAML reads 2024-01-02 as a date; write it in quotes: name: "2024-01-02"'),
+        ("name: 2024-13-45\n", "name: YAML reads 2024-13-45 as a date"),
+        ("base: no\n", "own.yaml: base: YAML reads no as false"),
+        ("data: {workers: 010}\n", "data.workers: YAML reads 010 as 8; write the number that is meant"),
+        ("stage1: {timeout: 1:30}\n", "stage1.timeout: YAML reads 1:30 as 90"),
         ("name: a/b\n", "name: 'a/b' is to be a folder's name"),
     ],
 )
@@ -140,3 +161,33 @@ def test_a_mistake_in_any_section_of_a_recipe_is_said(content, message, tmp_path
     (tmp_path / "own.yaml").write_text(content)
     result = flallm("stage1", "own.yaml", cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_text_is_what_is_written(shards, llm, tmp_path, flallm):
+    given = [f"--data.shards={shards}", f"--llm.path={llm}", "--world_size=1", "--stage=stage1"]
+    (tmp_path / "own.yaml").write_text("base: demo\nname: 'no'\n", encoding="utf-8")
+    for recipe, option in (("demo", "--name=no"), ("demo", "--name=0123"), ("own.yaml", "--seed=1")):
+        planned = flallm("plan", recipe, *given, option, cwd=tmp_path)
+        name = option.removeprefix("--name=") if recipe == "demo" else "no"
+        assert planned.returncode == 0 and planned.stdout.startswith(f"{name} stage1 on 1 x"), planned.stderr
+    for text in ("no", "1e3", "0123", "12:30", "2024-01-02", "1.10", "5"):  # in a run's config.yaml too
+        (tmp_path / "config.yaml").write_text(config.dump(config.load("demo", "stage2", {"llm.language": text})), encoding="utf-8")
+        assert config.from_dict(config.Config, config.read_run(tmp_path), "").llm.language == text
+
+
+def test_text_is_utf8_whatever_the_locale_is(tmp_path):
+    """In processes whose locale knows ASCII alone."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment.pop("PYTHONIOENCODING", None)
+    (tmp_path / "clip.mp4").write_bytes(encode(next(synthetic.clips(train=1, dev=0, test=0, size=36)), Options())[0])
+    rows = [("video", "text", "split", "key"), ("clip.mp4", "schöne Grüße 你好", "train", "grün"), ("gone.mp4", "x", "train", "fünf")]
+    (tmp_path / "clips.tsv").write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    tool = Path(__file__).parents[1] / "tools/make_shards.py"
+    made = subprocess.run([sys.executable, tool, "manifest", "clips.tsv", "--out=shards"], capture_output=True, env=environment, cwd=tmp_path)
+    assert made.returncode == 0 and "train fünf: its video" in made.stdout.decode(), made.stderr
+    meta = Shards(tmp_path / "shards", "train").read(0)[1]
+    assert (meta["key"], meta["text"]) == ("grün", "schöne Grüße 你好")
+    assert json.loads((tmp_path / "shards/dataset.json").read_bytes())["left_out"][0]["key"] == "fünf"
+    (tmp_path / "own.yaml").write_text("# für Grüße\nconvention: größer\n", encoding="utf-8")
+    refused = subprocess.run([sys.executable, "-m", "flallm", "stage1", "own.yaml"], capture_output=True, env=environment, cwd=tmp_path)
+    assert refused.returncode == 2 and "convention: 'größer' is none of" in refused.stderr.decode()

@@ -152,6 +152,40 @@ def test_labels_of_both_families(tmp_path):
     assert (other.key, other.gloss, encode(other, Options())[1]["num_frames"]) == ("a_b", "A B", 5)
 
 
+def test_the_key_of_a_label_is_its_whole_name_without_a_split_that_all_have(tmp_path):
+    for folder in ("signer1/0000", "signer2/0000", "train/0000"):
+        images(tmp_path / "frames" / folder)
+
+    def keys(*names: str) -> list[str]:
+        write_labels(tmp_path / "labels", [{"name": name, "text": "x"} for name in names])
+        return [clip.key for clip in labels.clips(tmp_path / "labels", tmp_path / "frames")]
+
+    assert keys("signer1/0000", "signer2/0000") == ["signer1_0000", "signer2_0000"]
+    assert keys("train/0000", "signer2/0000") == ["train_0000", "signer2_0000"]
+    assert keys("train/0000") == ["0000"]
+
+
+def test_labels_name_videos_and_folders_too(tmp_path):
+    (tmp_path / "videos/a b").mkdir(parents=True)
+    numbered(tmp_path / "videos/a b/0.mp4", 24, 7)
+    images(tmp_path / "videos/frames")
+    rows = [{"video_path": "a b/0.mp4"}, {"imgs_path": ["a b/0.mp4"]}, {"imgs_path": "a b/0.mp4"}, {"imgs_path": ["frames"]}]
+    rows += [{"imgs_path": "frames/images0001.png"}, {"name": "a b/0.mp4"}, {"video_path": "../labels/labels.train"}, {"video_path": 3}]
+    write_labels(tmp_path / "labels", [{"name": str(i), "text": "x"} | row for i, row in enumerate(rows)])
+    *clips, leads, none = labels.clips(tmp_path / "labels", tmp_path / "videos")
+    counts = [encode(clip, Options())[1]["num_frames"] for clip in clips]
+    assert counts == [7, 7, 7, 5, 1, 7] and numbers(clips[0].media) == list(range(7))
+    assert "leads out" in leads.cause and none.cause.startswith("is no clip of")
+
+
+def test_labels_of_val_are_not_passed_over(tmp_path):
+    images(tmp_path / "frames/a")
+    write_labels(tmp_path / "labels", [{"name": "a", "text": "x"}])
+    for name in ("labels.val", "labels.train.bak"):
+        (tmp_path / "labels" / name).write_bytes((tmp_path / "labels/labels.train").read_bytes())
+    assert {clip.split for clip in labels.clips(tmp_path / "labels", tmp_path / "frames")} == {"train", "val"}
+
+
 def test_labels_that_give_no_clip_are_left_out_with_the_cause(tmp_path):
     images(tmp_path / "frames/a")
     images(tmp_path / "outside")
@@ -164,13 +198,46 @@ def test_labels_that_give_no_clip_are_left_out_with_the_cause(tmp_path):
     *left, clip = labels.clips(tmp_path / "labels", tmp_path / "frames")
     half, row, leads = (
         "its text holds a NUL or half a character",
-        "is no clip of {name, text, gloss, imgs_path}",
+        "is no clip of {name, text, gloss, imgs_path or video_path}",
         "a path in it is empty or leads out of the folder of images",
     )
     assert [x.cause for x in left] == ["has no text", half, half, row, "names no image", MISSING, leads, leads, row]
     assert isinstance(clip, Clip) and left[-1].key == "clip 9"
     with pytest.raises(UserError, match="another --root"):
         list(labels.clips(tmp_path / "labels", tmp_path / "outside"))
+
+
+def sidecars(folder: Path) -> None:
+    """What macOS leaves beside every file of a folder on a disk that is not its own."""
+    for path in list(folder.iterdir()):
+        (folder / f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X".ljust(4096, b"\0"))
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    images(tmp_path / "frames/a")
+    sidecars(tmp_path / "frames/a")
+    assert len(list(ImageFiles(str(tmp_path / "frames/a")).frames()[1])) == 5
+    listed = sorted(os.listdir(tmp_path / "frames/a"))  # as scripts write label files
+    assert listed[:2] == [".DS_Store", "._images0001.png"] and len(listed) == 11
+    names = [f"a/{name}" for name in listed if name.endswith(".png")]
+    write_labels(tmp_path / "labels", [{"name": "a", "text": "x", "imgs_path": names}, {"name": "b", "text": "x", "imgs_path": names[:1]}])
+    sidecars(tmp_path / "labels")
+    clip, left = labels.clips(tmp_path / "labels", tmp_path / "frames")
+    assert encode(clip, Options())[1]["num_frames"] == 5 and left.cause == "names no image"
+    (tmp_path / "videos/.AppleDouble").mkdir(parents=True)
+    (tmp_path / "videos/.AppleDouble/v-rgb_front.mp4").write_bytes(b"\0\5\x16\7")
+    numbered(tmp_path / "videos/v-rgb_front.mp4", 24, 9)
+    sidecars(tmp_path / "videos")
+    how2sign_tree(tmp_path, ["v\tv-rgb_front\ts\tk\t0\t0.2\thello"])
+    (clip,) = how2sign.clips(tmp_path, tmp_path / "videos", precut=False)
+    assert numbers(clip.media) == [0, 1, 2, 3, 4]
+
+
+def test_images_of_one_number_have_one_order(tmp_path):
+    for i, name in enumerate(("2.png", "01.png", "1.png")):
+        tmp_path.joinpath(name).write_bytes(cv2.imencode(".png", np.full((16, 16), 100 * i, np.uint8))[1].tobytes())
+    assert [f.to_ndarray(format="gray").mean().round(-1) for f in ImageFiles(str(tmp_path)).frames()[1]] == [100, 200, 0]
 
 
 class Hostile:
@@ -226,7 +293,7 @@ def test_manifest(tmp_path):
         ("a.csv", "video,text,split,start\nframes,x,train,soon\n", "is not a number"),
         ("a.csv", "video,text,split,fps\nframes,x,train,nan\n", "is not a number"),
         ("a.csv", "video,text,split,end\nframes,x,train,5\n", "is a folder of images"),
-        ("a.csv", "video,text,split\nframes,x,../../train\n", "is not a word"),
+        ("a.csv", "video,text,split\nframes,x,../../train\n", r"row 1: unknown split '../../train': use train \(or training\), dev"),
         ("a.csv", "video,text,split\nframes,x\n", "line 2: it has more or fewer fields"),
         ("a.csv", 'video,text,split\nframes,"x" y,train\n', "line 2: ',' expected"),
         ("a.csv", 'video,text,split\nframes,"x,train\nframes,y,train\n', "unexpected end"),
@@ -446,6 +513,14 @@ def test_names_of_csl_daily_without_a_split_or_with_an_unknown_one_are_left_out(
     ]
 
 
+def test_different_labels_of_one_name_are_all_named(tmp_path):
+    csl_tree(tmp_path)
+    other = [{**row, "label_char": [*"不好"]} for row in CSL_ROWS[:2]]
+    (tmp_path / "sentence_label/csl2020ct_v2.pkl").write_bytes(pickle.dumps({"info": [*CSL_ROWS, CSL_ROWS[2], *other]}))
+    with pytest.raises(UserError, match=r"different labels have one name, .*: S000000_P0000_T00, S000001_P0003_T00$"):
+        list(csl_daily.clips(tmp_path))
+
+
 def test_csl_daily_videos(tmp_path):
     csl_tree(tmp_path)
     (tmp_path / "sentence").rename(tmp_path / "elsewhere")
@@ -496,6 +571,10 @@ def test_how2sign(tmp_path, capsys):
     (tmp_path / "how2sign_realigned_test.csv").write_text("VIDEO_ID,VIDEO_NAME\n")
     with pytest.raises(UserError, match=r"realigned_test\.csv: the header is not"):
         list(how2sign.clips(tmp_path, tmp_path / "raw", precut=False))
+    (tmp_path / "raw/train").mkdir()
+    (tmp_path / "raw/train/c-8-rgb_front.mp4").write_bytes(b"another video of that name")
+    with pytest.raises(UserError, match=r"train/c-8-rgb_front.mp4 and .*val/c-8-rgb_front.mp4 have one name"):
+        list(how2sign.clips(tmp_path, tmp_path / "raw", precut=False))
 
 
 def test_how2sign_tool_says_which_times_it_used(tmp_path):
@@ -515,6 +594,7 @@ def test_isolated_signs_are_joined_into_sentences(tmp_path):
     first = {name.lower(): 50 * i for i, name in enumerate(("Go", "Thank You", "not"))}
     for i, name in enumerate(("Go", "Thank You", "not")):
         numbered(tmp_path / f"words/{name}.mp4", 25, 10 + i, first=50 * i)
+    sidecars(tmp_path / "words")
     tool = Path(__file__).parents[1] / "tools/join_words.py"
     command = [sys.executable, str(tool), str(tmp_path / "words"), f"--out={tmp_path / 'joined'}", "--train=4", "--dev=3", "--test=40"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -535,3 +615,6 @@ def test_isolated_signs_are_joined_into_sentences(tmp_path):
     ):
         done = subprocess.run([*command, option], capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr
+    numbered(tmp_path / "words/go.mp4", 25, 3)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "are videos of one word" in done.stderr

@@ -149,8 +149,9 @@ def test_tensorboard_has_the_curves_of_a_run_and_shows_dev_clips(runs):
 
 def test_a_split_without_sentences_is_a_mistake_and_the_page_stays(runs, flallm):
     (runs / "seeing/report.html").write_text("a page")
+    (runs / "seeing/predictions/._dev.jsonl").write_bytes(b"\0\5\x16\7\xff")  # macOS leaves it beside dev.jsonl
     done = flallm("report", runs / "seeing", "--split=dve", cwd=runs)
-    assert done.returncode == 2 and "has no sentences of dve but of dev" in done.stderr and (runs / "seeing/report.html").read_text() == "a page"
+    assert done.returncode == 2 and "has no sentences of dve but of dev: " in done.stderr and (runs / "seeing/report.html").read_text() == "a page"
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,8 @@ def test_the_page_is_accessible_and_fits(runs, chromium, options):
 def test_hostile_text_neither_runs_nor_breaks_the_page(runs, chromium, tmp_path):
     shutil.copytree(runs / "seeing", tmp_path / "run")
     rows = [{"key": f"{i}{text[:50]}", "reference": text or "x", "hypothesis": HOSTILE[i - 1]} for i, text in enumerate(HOSTILE)]
-    (tmp_path / "run/predictions/dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[-1]["hypothesis"] += " \u2028 x"  # a line break to Unicode, which JSON leaves as it is
+    (tmp_path / "run/predictions/dev.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", "replace")
     (tmp_path / "run/command.txt").write_text(HOSTILE[0])
     (tmp_path / "run/bad_samples.jsonl").write_text(json.dumps({"key": HOSTILE[0], "cause": HOSTILE[5]}) + "\n{half a li")
     with open(tmp_path / "run/metrics.jsonl", "a") as file:

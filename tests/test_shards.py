@@ -11,6 +11,7 @@ import tarfile
 import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,10 +22,10 @@ import webdataset
 from every_frame import every_frame
 from safetensors.numpy import load_file, save_file
 
-from flallm import UserError, video
+from flallm import UserError, doctor, video
 from flallm.corpora import Clip, LeftOut, VideoFile, synthetic
 from flallm.encode import Options, encode
-from flallm.shards import BadSample, Shards, make_shards
+from flallm.shards import BadSample, Shards, make_shards, splits_of
 from flallm.verify import verify
 
 TOOL = Path(__file__).parents[1] / "tools/make_shards.py"
@@ -95,6 +96,87 @@ def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(tmp_path):
     assert dataset["splits"]["train"]["clips"] == 1
     causes = {row["key"]: row["cause"] for row in dataset["left_out"]}
     assert set(causes) == {"bad", "mute"} and causes["mute"] == "has no text" and "cannot be decoded" in causes["bad"]
+
+
+def test_a_row_that_is_there_twice_is_kept_once_and_different_rows_of_one_key_are_all_named(tmp_path):
+    first, second, third = synthetic.clips(train=3, dev=0, test=0, size=36)
+    again = replace(first)  # equal, and not the same
+    dataset = make_shards([first, second, again, replace(first, split="dev")], tmp_path / "out", Options(), {"name": "test"}, 1)
+    assert dataset["splits"]["train"]["clips"] == 2 and dataset["splits"]["dev"]["clips"] == 1
+    assert dataset["left_out"] == [{"key": first.key, "split": "train", "source": first.media.source, "cause": "is there twice: a row before it is equal"}]
+    videos = [VideoFile(f"{name}.mp4") for name in "xyz"]
+    rows = [Clip("a_b", "train", "text", videos[0]), Clip("a_b", "train", "text", videos[1]), Clip("c", "dev", "text", videos[2])]
+    with pytest.raises(UserError, match=r"one key, .*: train 'a_b' \(x.mp4, y.mp4\); dev 'c' \(z.mp4\)$"):
+        make_shards([*rows, replace(rows[2], text="other"), third], tmp_path / "clash", Options(), {"name": "test"}, 1)
+    assert not (tmp_path / "clash").exists()
+
+
+TABLE = "video\ttext\tsplit\tkey\n"
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Makes shards of a table, as a command: of good.mp4, which can be encoded, and of bad.mp4, which cannot."""
+    (tmp_path / "good.mp4").write_bytes(encode(next(synthetic.clips(train=1, dev=0, test=0, size=36)), Options())[0])
+    (tmp_path / "bad.mp4").write_bytes(b"no video" * 100)
+
+    def make(*rows: str) -> subprocess.CompletedProcess:
+        lines = [f"{row.replace(' ', chr(9))}\t{number}" for number, row in enumerate(rows)]
+        (tmp_path / "clips.tsv").write_text(TABLE + "\n".join(lines), encoding="utf-8")
+        return subprocess.run([sys.executable, TOOL, "manifest", tmp_path / "clips.tsv", f"--out={tmp_path / 'out'}"], capture_output=True, text=True)
+
+    return make
+
+
+def test_usual_names_of_splits_are_taken_and_others_refused_before_a_clip_is_encoded(table, tmp_path):
+    for rows, said in (
+        (("good.mp4 x train", "good.mp4 x eval"), "row 2: unknown split 'eval': use train (or training), dev (or development, val, valid, validation), test"),
+        (("good.mp4 x train", "good.mp4 x val", "good.mp4 x dev"), "the splits val and dev would both be dev: give them one name"),
+    ):
+        refused = table(*rows)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and said in refused.stderr
+        assert not (tmp_path / "out").exists()
+    made = table("good.mp4 x Train", "good.mp4 x TRAIN", "good.mp4 x Validation", "good.mp4 x testing")
+    assert made.returncode == 0, made.stderr
+    assert splits_of(tmp_path / "out") == ["train", "dev", "test"] and len(Shards(tmp_path / "out", "train")) == 2
+    with pytest.raises(UserError, match="unknown split 'dve', 'tets': use train"):
+        make_shards([Clip(s, s, "text", VideoFile("x.mp4")) for s in ("train", "dve", "tets")], tmp_path / "other", Options(), {"name": "test"}, 1)
+
+
+def test_a_split_of_which_no_clip_is_left_is_refused(table, tmp_path):
+    gone = table("good.mp4 x train", "gone.mp4 x dev", "gone.mp4 x dev", "good.mp4  dev")
+    assert gone.returncode == 2 and gone.stderr == (
+        "make_shards.py: split dev has no clip: its 3 rows are left out, 2 of them for this cause: its video or folder of images does not exist\n"
+    )
+    assert not (tmp_path / "out").exists()
+    rows = ("good.mp4 x train", "bad.mp4 x dev", "bad.mp4 x dev")
+    bad = table(*rows)
+    assert bad.returncode == 2 and "split dev has no clip: its 2 rows are left out, 2 of them for this cause: cannot be decoded" in bad.stderr
+    assert not (tmp_path / "out/dataset.json").exists()
+    (tmp_path / "bad.mp4").write_bytes((tmp_path / "good.mp4").read_bytes())
+    assert table(*rows).returncode == 0 and len(Shards(tmp_path / "out", "dev")) == 2  # the same command, once the file is mended
+
+
+def test_shards_with_a_split_without_clips_are_refused_before_they_are_used(copied, small, flallm):
+    """Such as older versions made."""
+    empty = {name: column[:0] for name, column in load_file(copied / "test.index.safetensors").items()}
+    save_file(empty, copied / "train.index.safetensors")
+    dataset = json.loads((copied / "dataset.json").read_text())
+    dataset["splits"]["train"] = {"clips": 0, "frames": 0, "shard_bytes": []}
+    dataset["left_out"] = [{"key": "a", "split": "train", "source": "a.mp4", "cause": "cannot be decoded: x"}]
+    (copied / "dataset.json").write_text(json.dumps(dataset))
+    line = f"{copied}: split train has no clip: its 1 rows are left out, 1 of them for this cause: cannot be decoded: x: make the shards again"
+    verified = subprocess.run([sys.executable, TOOL, "verify", copied], capture_output=True, text=True)
+    assert (verified.returncode, verified.stdout) == (2, "") and line in verified.stderr
+    states = {what: (state, said) for state, what, said in doctor._shards(small("stage1", {"data.shards": str(copied)}))}
+    assert states["data: train"][0] == "MISS" and line in states["data: train"][1] and states["data: dev"][0] == "OK"
+    for recipe in ("demo", "phoenix14t"):  # lengths that are published do not stand in for shards that are there
+        planned = flallm("plan", recipe, "--world_size=1", "--stage=stage1", f"--data.shards={copied}", cwd=copied)
+        assert planned.returncode == 2 and line in planned.stderr and planned.stderr.count("\n") == 1
+    dataset["splits"] = {}
+    (copied / "dataset.json").write_text(json.dumps(dataset))
+    with pytest.raises(UserError, match="it has no split"):
+        splits_of(copied)
 
 
 def test_other_options_in_the_same_folder_are_refused(shards):

@@ -39,4 +39,4 @@ def small_llm(out: Path, **shape: int) -> None:
 
 def peak_bytes() -> int:
     """The most memory that this process has held."""
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    return int(next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")).split()[1]) * 1024

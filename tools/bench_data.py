@@ -188,9 +188,9 @@ def ten_million(folder: Path) -> None:
     make_shards(synthetic.clips(train=64, dev=0, test=0), folder / "big", Options(short_side=72), {"name": "bench"})
     small, pick = Shards(folder / "big", "train").index, np.arange(clips) % 64
     _save({name: small[name][pick] for name in COLUMNS}, folder / "big/train.index.safetensors")
-    dataset = json.loads((folder / "big/dataset.json").read_text())
+    dataset = json.loads((folder / "big/dataset.json").read_text(encoding="utf-8"))
     dataset["splits"]["train"]["clips"] = clips
-    (folder / "big/dataset.json").write_text(json.dumps(dataset))
+    (folder / "big/dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     began = time.perf_counter()
     data = Data(shards=str(folder / "big"), resize=72, crop=64)
     opened = Clips("train", data, 0)
@@ -205,8 +205,10 @@ def all_bytes() -> int:
     parents, sizes = {}, {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, StopIteration):
-            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(") ", 1)[1].split()[1])
-            sizes[int(entry.name)] = int(next(x for x in (entry / "smaps_rollup").read_text().splitlines() if x.startswith("Pss:")).split()[1]) * 1024
+            parents[int(entry.name)] = int((entry / "stat").read_text(encoding="utf-8").rsplit(") ", 1)[1].split()[1])
+            sizes[int(entry.name)] = (
+                int(next(x for x in (entry / "smaps_rollup").read_text(encoding="utf-8").splitlines() if x.startswith("Pss:")).split()[1]) * 1024
+            )
 
     def below(pid: int) -> int:
         return sizes.get(pid, 0) + sum(below(child) for child, parent in parents.items() if parent == pid)

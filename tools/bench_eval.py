@@ -49,7 +49,7 @@ def evaluate(demo: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2):
             engine.launch(_decode, ranks, demo / "stage2", Path(folder) / f"{ranks}.json")
-        one, two = (json.loads((Path(folder) / f"{ranks}.json").read_text()) for ranks in (1, 2))
+        one, two = (json.loads((Path(folder) / f"{ranks}.json").read_text(encoding="utf-8")) for ranks in (1, 2))
     batch = one["batch"]
     figure("evaluate_batch_ratio", one["many"] / one["single"], "ratio", f"{one['many']:.1f} clips/s at batch {batch}, {one['single']:.1f} one by one")
     figure(
@@ -74,7 +74,7 @@ def _decode(run: Path, out: Path) -> None:
             if turn:  # the first warms up
                 speeds[name].append(len(predictions) / (time.monotonic() - began))
     if ranks.first:
-        out.write_text(json.dumps({name: statistics.median(found) for name, found in speeds.items()} | {"batch": config.decode.batch}))
+        out.write_text(json.dumps({name: statistics.median(found) for name, found in speeds.items()} | {"batch": config.decode.batch}), encoding="utf-8")
 
 
 def page(demo: Path) -> None:

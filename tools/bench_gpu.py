@@ -80,7 +80,7 @@ def case(name: str, out: Path) -> tuple[cfg.Config, cost.Words, list[int], bool]
     changes = {"llm.path": "facebook/mbart-large-cc25", "encoder.weights": "none", **changes}
     shape = cost.SHAPES[changes["llm.path"]] | {k: changes.pop(k) for k in ("vocab_size",) if k in changes}
     (out / name).mkdir()
-    (out / name / "config.json").write_text(json.dumps(shape))
+    (out / name / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     config = cfg.load("phoenix14t", stage, changes | {"llm.path": str(out / name)})
     frames, _ = cost.CORPORA["phoenix14t"].lengths()
     return config, cost.Words(shape["vocab_size"]), used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(), features
@@ -149,7 +149,7 @@ def profile(out: Path) -> None:
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
     return done.stdout
@@ -161,7 +161,7 @@ def pipeline(out: Path) -> None:
     began = time.monotonic()
     run(str(tools / "make_shards.py"), "synthetic", "--out", str(out / "shards"), f"--train={CLIPS}", "--dev=16", "--test=16", "--size=256")
     figure("make_shards", (CLIPS + 32) / (time.monotonic() - began), "clips/s", cores=cores)
-    with open(os.devnull, "w") as sys.stdout:
+    with open(os.devnull, "w", encoding="utf-8") as sys.stdout:
         pretrain([text for _, text in synthetic.sentences("text", 3000)], out / "llm", layers=12, width=1024, heads=16, steps=1, batch=2)
     sys.stdout = sys.__stdout__
     common = [f"--llm.path={out / 'llm'}", "--llm.language=none", "--encoder.weights=none", "--train.dev_clips=8", f"--data.workers={cores - 1}"]
@@ -182,7 +182,7 @@ def pipeline(out: Path) -> None:
 def train(stage: str, folder: Path, *options: str) -> dict:
     """The last line of training figures that the run `folder/stage` has left."""
     run("-m", "flallm", stage, "phoenix14t", f"--run_dir={folder / stage}", "--train.log_every=20", *options)
-    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "clips_per_s" in line][-1]
 
 

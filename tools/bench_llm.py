@@ -108,7 +108,7 @@ def trimmed(out: Path) -> None:
     """mBART-large with its 250,027 words and with 2,500: parameters, and a stage-2 step of four clips from features."""
     found = {}
     for words in (2500, 250027):
-        (out / "config.json").write_text(json.dumps(cost.SHAPES["facebook/mbart-large-cc25"] | {"vocab_size": words}))
+        (out / "config.json").write_text(json.dumps(cost.SHAPES["facebook/mbart-large-cc25"] | {"vocab_size": words}), encoding="utf-8")
         config = cfg.load("phoenix14t", "stage2", {"llm.path": str(out), "train.precision": "fp32", "encoder.weights": "none"})
         with torch.device("meta"):
             model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(out))

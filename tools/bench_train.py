@@ -128,13 +128,13 @@ def state_bytes(out: Path) -> None:
     gradients = [g for group in zero2.optimizer.averaged_gradients.values() for g in group if g is not None]
     gradients += [p.grad for p in zero2.module.parameters() if p.grad is not None]
     if ranks.first:
-        (out / f"bytes-{ranks.world_size}").write_text(str(sum(t.numel() * t.element_size() for t in state + gradients)))
+        (out / f"bytes-{ranks.world_size}").write_text(str(sum(t.numel() * t.element_size() for t in state + gradients)), encoding="utf-8")
 
 
 def optimizer_state_2_vs_1(out: Path) -> None:
     for world_size in (1, 2):
         engine.launch(state_bytes, world_size, out)
-    one, two = (int((out / f"bytes-{n}").read_text()) for n in (1, 2))
+    one, two = (int((out / f"bytes-{n}").read_text(encoding="utf-8")) for n in (1, 2))
     figure("optimizer_state_2_vs_1", two / one, "ratio", f"{two / 1e6:.2f} MB against {one / 1e6:.2f} MB: AdamW's two moments and the gradient, after backward")
 
 
@@ -147,7 +147,7 @@ def steps_of_runs(out: Path) -> None:
             with contextlib.redirect_stdout(sys.stderr):
                 train(load(out, train__steps=102, train__log_every=1, train__dev_every=102, checkpoint__every=every), run, ranks)
             if ranks.first:
-                rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+                rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
                 at = {r["step"]: r["seconds"] for r in rows if "loss" in r}
                 seconds[every].append(at[101] - at[1])
                 waits += [r["data_wait_share"] for r in rows if r.get("loss") and r["step"] > 1]
@@ -236,10 +236,10 @@ def _train(config: cfg.Config, run: Path) -> None:
 
 def resident(run: Path, step: int, processes: list[int]) -> int:
     """Bytes in memory of the processes and their children once a step is in the log."""
-    while not ((run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text()):
+    while not ((run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text(encoding="utf-8")):
         time.sleep(0.05)
-    children = [int(c) for p in processes for task in Path(f"/proc/{p}/task").iterdir() for c in (task / "children").read_text().split()]
-    return sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in [*processes, *children]) * os.sysconf("SC_PAGE_SIZE")
+    children = [int(c) for p in processes for task in Path(f"/proc/{p}/task").iterdir() for c in (task / "children").read_text(encoding="utf-8").split()]
+    return sum(int(Path(f"/proc/{p}/statm").read_text(encoding="utf-8").split()[1]) for p in [*processes, *children]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def start_seconds(out: Path) -> None:
@@ -248,7 +248,7 @@ def start_seconds(out: Path) -> None:
         settings = [f"--data.shards={out / 'shards'}", f"--llm.path={out / 'llm'}", "--train.steps=1", "--train.log_every=1", "--train.dev_clips=2"]
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", "--master_port", engine.rendezvous()["MASTER_PORT"]]
         ranks = subprocess.Popen([*command, "-m", "flallm", "stage1", "demo", f"--run_dir={run}", *settings], stdout=subprocess.DEVNULL)
-        while not ((run / "metrics.jsonl").exists() and "loss" in (run / "metrics.jsonl").read_text()):
+        while not ((run / "metrics.jsonl").exists() and "loss" in (run / "metrics.jsonl").read_text(encoding="utf-8")):
             assert ranks.poll() is None or (run / "metrics.jsonl").exists(), "the run ended before its first step"
             time.sleep(0.05)
         seconds = time.monotonic() - began

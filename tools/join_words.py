@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from flallm import UserError, cli, make_folder
+from flallm import UserError, cli, make_folder, visible_files
 from flallm.corpora import Clip, VideoFile
 from flallm.corpora.synthetic import split_of
 from flallm.encode import Options, encode_all
@@ -67,7 +67,11 @@ def join(
     numbers = {name: cli.whole(name, value) for name, value in given.items()}
     if not numbers["longest"]:
         raise UserError("--longest: a sentence has at least one word")
-    files = {path.stem.lower(): VideoFile(str(path)) for path in sorted(Path(videos).glob("*.mp4"))}
+    files: dict[str, VideoFile] = {}
+    for path in visible_files(Path(videos), "*.mp4"):
+        other = files.setdefault(path.stem.lower(), VideoFile(str(path)))
+        if other.path != str(path):
+            raise UserError(f"{other.path} and {path} are videos of one word: keep one of them")
     if not files:
         raise UserError(f"{videos}: there is no .mp4 in it")
     words = list(files)
@@ -87,7 +91,7 @@ def join(
         with open(Path(out) / "clips.tsv", "w", newline="", encoding="utf-8") as file:  # once there is all that it names
             csv.writer(file, "excel-tab").writerows(rows)
         text = sentences(words, "train", 20_000, numbers["longest"], numbers["seed"] + 1)
-        (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text))
+        (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text), encoding="utf-8")
 
     return cli.Job(work)
 

@@ -188,7 +188,7 @@ def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[
             print(f"part {part[0]} of {part[1]} is made; when all are, the same command without --part joins them")
             return
         if text:
-            (Path(out) / "text.txt").write_text("".join(f"{sentence}\n" for sentence in text()))
+            (Path(out) / "text.txt").write_text("".join(f"{sentence}\n" for sentence in text()), encoding="utf-8")
         for split, counts in dataset["splits"].items():
             print(f"{split}: {counts['clips']} clips, {counts['frames']} frames")
         print(f"rows kept: sha256 {dataset['rows_sha256'][:16]}…, left out: {len(dataset['left_out'])}")

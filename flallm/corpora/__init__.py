@@ -21,7 +21,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from flallm import UserError
+from flallm import UserError, is_hidden
 
 # What a demuxer reads from the one file it is given: no playlists and scripts, which name other files and addresses.
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,mxf,nut,dv,ivf,obu,h264,hevc,m4v,mjpeg,yuv4mpegpipe,gif,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe"
@@ -311,7 +311,7 @@ class VideoFile:
 @dataclass(frozen=True)
 class ImageFiles:
     """A clip that lies on disk as one image a frame: `names` in `folder`, or where none are given every image there,
-    in the order of their numbers; other files (some data sets leave profiles there) are passed over."""
+    in the order of their numbers; hidden files, and others (some data sets leave profiles there), are passed over."""
 
     folder: str
     names: tuple[str, ...] = ()
@@ -325,8 +325,7 @@ class ImageFiles:
         return Fraction(self.fps), ((i / self.fps, frame) for i, frame in enumerate(upright(self._decode())))
 
     def _decode(self) -> Iterator[av.VideoFrame]:
-        images = (name for name in os.listdir(self.folder) if Path(name).suffix.lower() in IMAGES) if not self.names else ()
-        for name in self.names or sorted(images, key=_by_number):
+        for name in self.names or _images(self.folder):
             try:
                 with open_video(Path(self.folder, name).read_bytes()) as image:
                     frame = next(image.decode(video_stream(image)), None)
@@ -340,8 +339,18 @@ class ImageFiles:
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
-def _by_number(name: str) -> list:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name; a hidden one is none."""
+    return Path(name).suffix.lower() in IMAGES and not is_hidden(Path(name).name)
+
+
+def _images(folder: str) -> list[str]:
+    return sorted(filter(is_image, os.listdir(folder)), key=_by_number)
+
+
+def _by_number(name: str) -> tuple[list, str]:
+    """The numbers in a name as numbers; 1.png and 01.png are in the order of their names."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def existing(path: str | Path, what: str) -> Path:

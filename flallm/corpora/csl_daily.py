@@ -16,6 +16,7 @@ from pathlib import Path
 from flallm import UserError
 from flallm.corpora import MISSING, Clip, ImageFiles, LeftOut, VideoFile, clip, existing, found, inside, read_table
 from flallm.corpora.labels import read_plain_pickle, strings
+from flallm.corpora.rows import split_name
 
 MAP = ["index", "name", "length", "gloss", "char", "word", "postag"]
 TREE = "is this the folder that holds sentence_label?"
@@ -30,12 +31,14 @@ def clips(root: Path) -> Iterator[Clip | LeftOut]:
 
 def _rows(root: Path, frames: Path | None, videos: Path) -> Iterator[Clip | LeftOut]:
     file = root / "sentence_label/split_1.txt"
-    labels = {}  # name -> (gloss, text, signer)
+    labels, clashing = {}, {}  # name -> (gloss, text, signer); names with another label than before, in order
     for row in _labels(root / "sentence_label"):
         if isinstance(row, LeftOut):
             yield row
-        else:
-            labels[row[0]] = row[1:]
+        elif labels.setdefault(row[0], row[1:]) != row[1:]:
+            clashing[row[0]] = None
+    if clashing:
+        raise UserError(f"{root / 'sentence_label'}: different labels have one name, keep one of each: {', '.join(clashing)}")
     names = set()
     for row in read_table(file, TREE, "|", ["name", "split"]):
         if isinstance(row, LeftOut):
@@ -44,7 +47,7 @@ def _rows(root: Path, frames: Path | None, videos: Path) -> Iterator[Clip | Left
         name, split = row["name"], row["split"].strip()
         names.add(name)
         path = inside(frames, name) if frames else inside(videos, f"{name}.mp4")
-        if split not in ("train", "dev", "test"):
+        if split_name(split) is None:
             yield LeftOut(name, split, str(file), "its split is none of train, dev, test")
         elif name not in labels:
             yield LeftOut(name, split, str(file), "is in the split file but has no label")

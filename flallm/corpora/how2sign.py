@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 
+from flallm import UserError, visible_files
 from flallm.corpora import BROKEN, MISSING, Clip, LeftOut, VideoFile, clip, existing, found, open_video, read_table, start_of, video_stream
 
 HEADER = ["VIDEO_ID", "VIDEO_NAME", "SENTENCE_ID", "SENTENCE_NAME", "START_REALIGNED", "END_REALIGNED", "SENTENCE"]
@@ -22,13 +23,15 @@ SPLITS = {"train": "train", "val": "dev", "test": "test"}
 def clips(tables: Path, videos: Path, precut: bool) -> Iterator[Clip | LeftOut]:
     """The rows of the tables in the folder `tables`; the full videos, or the clips of `precut`, lie anywhere under `videos`."""
     existing(videos, "the folder of the videos was expected there")
-    files = {path.stem: str(path) for path in sorted(videos.rglob("*.mp4"))}
+    files: dict[str, list[str]] = {}
+    for path in visible_files(videos, "**/*.mp4"):
+        files.setdefault(path.stem, []).append(str(path))
     what = "SENTENCE_NAME" if precut else "VIDEO_NAME"
     rows = (one for name, split in SPLITS.items() for one in _rows(tables / f"how2sign_realigned_{name}.csv", split, files, precut))
     return found(rows, f"{videos} and what is below it holds no <{what}>.mp4 of the tables")
 
 
-def _rows(table: Path, split: str, files: dict[str, str], precut: bool) -> Iterator[Clip | LeftOut]:
+def _rows(table: Path, split: str, files: dict[str, list[str]], precut: bool) -> Iterator[Clip | LeftOut]:
     lengths, over = {}, 0
     for row in read_table(table, "the folder of the re-aligned tables was expected first", "\t", HEADER, split):
         if isinstance(row, LeftOut):
@@ -38,14 +41,16 @@ def _rows(table: Path, split: str, files: dict[str, str], precut: bool) -> Itera
         if name not in files:
             yield LeftOut(key, split, f"{name}.mp4", MISSING)
             continue
-        media = VideoFile(files[name])
+        if len(files[name]) > 1:
+            raise UserError(f"{' and '.join(files[name])} have one name: keep the one that {table} is about")
+        media = VideoFile(files[name][0])
         if not precut:
             try:
                 start, end = float(row["START_REALIGNED"]), float(row["END_REALIGNED"])
             except ValueError:
                 start = end = math.nan
             if name not in lengths:
-                lengths[name] = _length(files[name])
+                lengths[name] = _length(media.path)
             if not 0 <= start < end < math.inf:
                 yield LeftOut(key, split, media.path, f"its times are none: {row['START_REALIGNED']!r} to {row['END_REALIGNED']!r}")
                 continue

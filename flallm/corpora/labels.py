@@ -1,5 +1,9 @@
 """`labels.{train,dev,test}` of GFSLT-VLP and its descendants: a pickle, gzipped or not, of {"<split>/<name>": {name, gloss, text, length,
 imgs_path}}, or in another family a list of such dicts. Images lie under a root; without `imgs_path` they are all of `<root>/<name>/`.
+Uni-Sign has a `video_path` in its place. A path of images can name a video file or a folder of images, too.
+
+A clip's key is its whole name. PHOENIX14T's names begin with their split ("dev/11August_2010"): where all names of a file do, the split
+is left out of the keys, which are then those of the official tree.
 
 A pickle is a program. This reader resolves no name at all, so one that would call anything is refused before it does.
 """
@@ -14,8 +18,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from flallm import UserError
-from flallm.corpora import MISSING, Clip, ImageFiles, LeftOut, clip, existing, found, inside
+from flallm import UserError, is_hidden, visible_files
+from flallm.corpora import MISSING, Clip, ImageFiles, LeftOut, Media, VideoFile, clip, existing, found, inside, is_image
+from flallm.corpora.rows import split_name
 
 MAX_BYTES = 1 << 31  # unpacked; the labels of 30,000 clips with a path an image take 0.3 GB
 
@@ -64,7 +69,7 @@ def strings(value) -> tuple[str, ...]:
 
 def clips(folder: Path, root: Path) -> Iterator[Clip | LeftOut]:
     """The clips of every labels.<split> in `folder`, their images under `root`."""
-    files = sorted(p for p in existing(folder, "the folder of labels.train").glob("labels.*") if p.suffix in (".train", ".dev", ".test"))
+    files = [path for path in visible_files(existing(folder, "the folder of labels.train"), "labels.*") if split_name(path.suffix[1:])]
     if not files:
         raise UserError(f"{folder} holds none of labels.train, labels.dev, labels.test")
     existing(root, "the folder of the images was expected there")
@@ -75,16 +80,18 @@ def _rows(path: Path, root: Path) -> Iterator[Clip | LeftOut]:
     table, split = read_plain_pickle(path), path.suffix[1:]
     if not isinstance(table, dict | list):
         raise UserError(f"{path}: neither a dict nor a list of clips but a {type(table).__name__}")
-    for number, row in enumerate(table.values() if isinstance(table, dict) else table, 1):
+    rows = list(table.values() if isinstance(table, dict) else table)
+    prefix = _common_prefix(rows, f"{split}/")
+    for number, row in enumerate(rows, 1):
         try:
             name, text, gloss = "" + row["name"], "" + row["text"], row.get("gloss")
             gloss = None if gloss is None else " ".join(strings(gloss))
-            images = strings(row["imgs_path"]) if "imgs_path" in row else None
+            names = _paths(row)
         except (TypeError, KeyError, AttributeError):
-            yield LeftOut(f"clip {number}", split, str(path), "is no clip of {name, text, gloss, imgs_path}")
+            yield LeftOut(f"clip {number}", split, str(path), "is no clip of {name, text, gloss, imgs_path or video_path}")
             continue
-        paths = [inside(root, x) for x in ([name] if images is None else images)]
-        key = name.rsplit("/", 1)[-1]
+        paths = [inside(root, x) for x in names]
+        key = name.removeprefix(prefix)
         if not paths:
             yield LeftOut(key, split, str(path), "names no image")
         elif None in paths:
@@ -92,5 +99,26 @@ def _rows(path: Path, root: Path) -> Iterator[Clip | LeftOut]:
         elif not os.path.exists(paths[0]):
             yield LeftOut(key, split, str(paths[0]), MISSING)
         else:
-            media = ImageFiles(str(paths[0])) if images is None else ImageFiles(str(root), images)
-            yield clip(key, split, text, media, gloss)
+            yield clip(key, split, text, _media(root, names), gloss)
+
+
+def _common_prefix(rows: list, prefix: str) -> str:
+    """The prefix where all names begin with it, else nothing."""
+    names = [row["name"] for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)]
+    return prefix if all(name.startswith(prefix) for name in names) else ""
+
+
+def _paths(row: dict) -> tuple[str, ...]:
+    """The images, the video or the folder that a row names. Raises TypeError where it names them by no string."""
+    paths = next((row[field] for field in ("imgs_path", "video_path") if field in row), row["name"])
+    if isinstance(paths, str):
+        return (paths,)
+    return tuple(path for path in strings(paths) if not is_hidden(os.path.basename(path)))
+
+
+def _media(root: Path, names: tuple[str, ...]) -> Media:
+    """Images, or what a single path names: a folder of images or a video file."""
+    path = root / names[0]
+    if len(names) > 1 or (is_image(names[0]) and not path.is_dir()):
+        return ImageFiles(str(root), names)
+    return ImageFiles(str(path)) if path.is_dir() else VideoFile(str(path))

@@ -1,6 +1,6 @@
 """Any data set as a table: CSV, TSV or JSON lines with a row a clip.
 
-Columns: `video` (a file, or a folder with an image a frame), `text`, `split`; optional: `key`, `start` and `end` in seconds,
+Columns: `video` (a file, or a folder with an image a frame), `text`, `split` (train, dev, test, or another usual name of these); optional: `key`, `start` and `end` in seconds,
 `gloss`, `signer`, `fps` (of a folder of images; 25). What is wrong with the table itself is an error, for its owner can mend it.
 """
 
@@ -10,12 +10,12 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from flallm import UserError
 from flallm.corpora import MISSING, Clip, ImageFiles, LeftOut, VideoFile, clip, found, read_text
+from flallm.corpora.rows import NAMES, split_name
 
 COLUMNS = {"video", "text", "split", "key", "start", "end", "gloss", "signer", "fps"}
 
@@ -32,14 +32,15 @@ def _clip(row: dict, number: int, where: str, root: Path) -> Clip | LeftOut:
         raise UserError(f"{where}: no {missing[0]}; the columns are {', '.join(map(repr, row)):.200}")
     if unknown := set(row) - COLUMNS:
         raise UserError(f"{where}: unknown column {sorted(unknown, key=str)[0]!r:.80}; known are {', '.join(sorted(COLUMNS))}")
-    if not re.fullmatch(r"\w+", row["split"], re.ASCII):
-        raise UserError(f"{where}: the split {row['split']!r:.80} is not a word of letters, digits and underscores such as train")
+    split = split_name(row["split"])
+    if split is None:
+        raise UserError(f"{where}: unknown split {row['split']!r:.80}: use {NAMES}")
     if bad := [name for name in ("key", "gloss", "signer") if not isinstance(row.get(name), str | int | None)]:
         raise UserError(f"{where}: its {bad[0]} is no text")
     key, gloss, signer = (str(row[name]) if row.get(name) not in (None, "") else None for name in ("key", "gloss", "signer"))
     start, end, fps = _number(row, "start", where), _number(row, "end", where), _number(row, "fps", where, 1, 240)
     path = os.path.join(root, row["video"])
-    key = key or f"{row['split']}-{number:07d}"
+    key = key or f"{split}-{number:07d}"
     if not row["video"] or not os.path.exists(path):
         return LeftOut(key, row["split"], path, MISSING)
     if os.path.isdir(path) and (start, end) != (None, None):
