@@ -17,7 +17,7 @@ from flallm import UserError
 from flallm import config as cfg
 from flallm.checkpoint import load_model, unique_tensors
 from flallm.corpora import synthetic
-from flallm.evaluate import reachable_bleu4
+from flallm.evaluate import reachable_score
 from flallm.loader import IGNORE, Clips
 from flallm.model.llm import load_llm, untie
 from flallm.model.translator import Translator
@@ -116,8 +116,8 @@ def test_what_a_tokenizer_cannot_say_bounds_the_score(folders):
     """These normalise by NFKC, as mBART's and mT5's do, which makes a comma of a full-width one."""
     text = Text(cfg.LLM(path=str(folders["mbart"])))
     sentences = [text for _, text in synthetic.sentences("test", 20)]
-    assert reachable_bleu4(sentences, text, "raw") == pytest.approx(100)
-    assert reachable_bleu4([f"{sentence} ，" for sentence in sentences], text, "raw") < 90
+    assert reachable_score(sentences, text, "raw", "bleu4") == pytest.approx(100)
+    assert reachable_score([f"{sentence} ，" for sentence in sentences], text, "raw", "bleu4") < 90
 
 
 def test_prompt_features_and_answer_fit_into_a_decoder_only_model_together(built):
