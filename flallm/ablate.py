@@ -281,13 +281,17 @@ class Table:
         convention = self.study.load("stage1").convention
         said = {name: [results.pairs(self.study.folder(run) / f"predictions/{SPLIT}.jsonl") for run in runs] for name, runs in done.items()}
         found = {}
-        resampled = {name: bootstrap([(h, r) for h, r, _ in runs], convention) for name, runs in said.items()}
+        references = said[next(iter(said))][0][1] if said else []
+        leading = metrics.leading(references, convention)
+        resampled = {name: bootstrap([(h, r) for h, r, _ in runs], convention, leading) for name, runs in said.items()}
         choice = self.spec.get("choice")
         for name, runs in done.items():
             scores = [self.study.scores(run) for run in runs]
             found[name] = {score: spread([s[convention][score]["value"] for s in scores]) for score in SCORES}
-            found[name]["bleu4"]["ci95"] = np.percentile(resampled[name], [2.5, 97.5]).round(2).tolist()
-            found[name]["swapped_bleu4"] = spread([s["swapped_bleu4"] for s in scores])
+            found[name][leading]["ci95"] = np.percentile(resampled[name], [2.5, 97.5]).round(2).tolist()
+            for score in dict.fromkeys(("bleu4", leading)):
+                swapped = [self._swapped(run, sentences, convention, score) for run, sentences in zip(runs, said[name])]
+                found[name][f"swapped_{score}"] = spread(swapped)
             found[name]["hours"] = float(np.mean([sum(self.study.seconds(r) for r in (run, run.stage1, run.features) if r) for run in runs])) / 3600
             found[name]["paper"] = rows[name].get("paper", {})
             found[name]["dev"] = [self._learning(run) for run in runs]
@@ -298,15 +302,27 @@ class Table:
                     raise UserError(
                         f"{self.study.folder(runs[0])} and {self.study.folder(done[choice][0])} were scored on other sentences: they cannot be compared"
                     )
-                found[name]["against_choice"] = paired(resampled[name], resampled[choice], found[name]["bleu4"]["mean"] - self._mean(done[choice], convention))
+                difference = found[name][leading]["mean"] - self._mean(done[choice], convention, leading)
+                found[name]["against_choice"] = paired(resampled[name], resampled[choice], difference, leading)
         return {
             "table": self.name, "title": self.title, "recipe": self.study.recipe, "convention": convention, "split": SPLIT, "seeds": len(self.study.seeds), "choice": choice,
-            "sentences": len(said[next(iter(said))][0][0]) if said else 0, "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "unit": "sentence"}, "rows": found,
+            "leading": leading, "sentences": len(references), "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "unit": "sentence"}, "rows": found,
+            "dev_leading": self._dev_leading(next(iter(done.values()))[0]) if done else leading,
             "missing": [name for name in self.rows if name not in done],
         }  # fmt: skip
 
-    def _mean(self, runs: list[Run], convention: str) -> float:
-        return float(np.mean([self.study.scores(run)[convention]["bleu4"]["value"] for run in runs]))
+    def _mean(self, runs: list[Run], convention: str, score: str) -> float:
+        return float(np.mean([self.study.scores(run)[convention][score]["value"] for run in runs]))
+
+    def _swapped(self, run: Run, sentences: tuple, convention: str, score: str) -> float:
+        """A run's score from swapped videos. Its file has BLEU-4 alone if an older version wrote it."""
+        scores = self.study.scores(run)
+        if f"swapped_{score}" in scores:
+            return scores[f"swapped_{score}"]
+        from flallm.evaluate import swapped
+
+        hypotheses, references, _ = sentences
+        return metrics.point_estimate(swapped(hypotheses, references), references, convention, score)
 
     def write(self) -> str:
         """Writes the table's files; returns it as Markdown."""
@@ -329,12 +345,18 @@ class Table:
         rows = [json.loads(line) for line in (self.study.folder(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return [row for row in rows if name in row]
 
+    def _dev_leading(self, run: Run) -> str:
+        """The score that leads on dev: a look at dev has BLEU-4, and another one where that leads."""
+        last = self._logged(run, "dev_bleu4")[-1]
+        return next((name for name in ("bleu1", "bleu2", "bleu3") if f"dev_{name}" in last), "bleu4")
+
     def _learning(self, run: Run) -> list[list[list[float]]]:
-        """[clips seen, dev BLEU-4] of a stage 1, if there is one, and of the run itself, which goes on counting where that ended."""
+        """[clips seen, leading dev score] of a stage 1, if there is one, and of the run itself, which goes on counting where that ended."""
         curves, seen = [], 0
         for one in [run.stage1, run] if run.stage1 else [run]:
             batch = self.study.config(one).train.batch
-            curves.append([[seen + row["step"] * batch, row["dev_bleu4"]] for row in self._logged(one, "dev_bleu4")])
+            score = f"dev_{self._dev_leading(one)}"
+            curves.append([[seen + row["step"] * batch, row[score]] for row in self._logged(one, score)])
             seen = curves[-1][-1][0]  # the last look is at its end
         return curves
 
@@ -413,10 +435,10 @@ def spread(values: list[float]) -> dict:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None, "values": values}
 
 
-def bootstrap(runs: list[tuple[list[str], list[str]]], convention: str) -> np.ndarray:
-    """BLEU-4 (RESAMPLES,) of resampled sentences, its mean over runs (hypotheses, references). The same sentences are drawn for every run and every call,
+def bootstrap(runs: list[tuple[list[str], list[str]]], convention: str, score: str = "bleu4") -> np.ndarray:
+    """A score (RESAMPLES,) of resampled sentences, its mean over runs (hypotheses, references). The same sentences are drawn for every run and every call,
     so that differences are paired; sentences are drawn, not runs: how seeds scatter is said by their standard deviation."""
-    metric = metrics.metric(convention, "bleu4")
+    metric = metrics.metric(convention, score)
     drawn = np.random.default_rng(SEED).integers(len(runs[0][1]), size=(RESAMPLES, len(runs[0][1])))
     scores = np.zeros(RESAMPLES)
     for hypotheses, references in runs:
@@ -425,11 +447,11 @@ def bootstrap(runs: list[tuple[list[str], list[str]]], convention: str) -> np.nd
     return scores / len(runs)
 
 
-def paired(ours: np.ndarray, theirs: np.ndarray, difference: float) -> dict:
-    """The difference with its interval and p, how often chance alone would part the two at least as far (two-sided; Riezler & Maxwell 2005)."""
+def paired(ours: np.ndarray, theirs: np.ndarray, difference: float, score: str = "bleu4") -> dict:
+    """The difference of a score with its interval and p, how often chance alone would part the two at least as far (two-sided; Riezler & Maxwell 2005)."""
     differences = ours - theirs
     p = (np.sum(np.abs(differences - differences.mean()) >= abs(difference)) + 1) / (RESAMPLES + 1)
-    return {"bleu4": difference, "ci95": np.percentile(differences, [2.5, 97.5]).round(2).tolist(), "p": float(p)}
+    return {score: difference, "ci95": np.percentile(differences, [2.5, 97.5]).round(2).tolist(), "p": float(p)}
 
 
 def dominance(curves: list[dict]) -> dict:
@@ -443,26 +465,35 @@ def dominance(curves: list[dict]) -> dict:
 
 
 def markdown(result: dict) -> str:
-    """The table in the paper's layout, with the paper's numbers at the right."""
-    choice = result["choice"]
+    """The table in the paper's layout, with the paper's numbers at the right. The leading score is the one
+    with an interval and a test."""
+    choice, leading = result["choice"], result["leading"]
     every = {score for row in result["rows"].values() for score in row["paper"]}
-    scores = [score for score in SCORES if score in every | {"rouge_l", "bleu4"}]
+    scores = [score for score in SCORES if score in every | {"rouge_l", "bleu4"} and score != leading]
+    scores.append(leading)  # in the last column
     theirs = [score for score in (*SCORES, "hours") if score in every]
-    heads = [SCORES[score] + " [95 %]" * (score == "bleu4") for score in scores] + [f"B4 against {choice}"] * bool(choice) + ["B4, swapped videos", "hours"]
+    heads = [SCORES[score] for score in scores]
+    heads[-1] += " [95 %]"
+    if choice:
+        heads.append(f"{SCORES[leading]} against {choice}")
+    heads += [f"{SCORES[leading]}, swapped videos", "hours"]
     cells = [["", *heads, *[f"paper: {', '.join(SCORES.get(score, score) for score in theirs)}"] * bool(theirs)]]
     for name, row in result["rows"].items():
         cells.append([name, *(_mean_sd(row[score]) for score in scores)])
-        cells[-1][-1] += f" [{row['bleu4']['ci95'][0]:.2f}, {row['bleu4']['ci95'][1]:.2f}]"
+        low, high = row[leading]["ci95"]
+        cells[-1][-1] += f" [{low:.2f}, {high:.2f}]"
         if choice:
             test = row.get("against_choice")
-            cells[-1].append(f"{test['bleu4']:+.2f} [{test['ci95'][0]:+.2f}, {test['ci95'][1]:+.2f}], p = {test['p']:.3f}" if test else "")
-        cells[-1] += [_mean_sd(row["swapped_bleu4"]), f"{row['hours']:.2f}"]
+            cells[-1].append(f"{test[leading]:+.2f} [{test['ci95'][0]:+.2f}, {test['ci95'][1]:+.2f}], p = {test['p']:.3f}" if test else "")
+        cells[-1] += [_mean_sd(row[f"swapped_{leading}"]), f"{row['hours']:.2f}"]
         if theirs:
             cells[-1].append(", ".join(f"{row['paper'][score]:.2f}" for score in theirs if score in row["paper"]))
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     lines.insert(1, "|" + "---|" * len(cells[0]))
     seeds = f"mean ± s.d. over {result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
     note = f"{result['recipe']}, {result['sentences']} sentences of {SPLIT}, {seeds}, convention {result['convention']}; intervals and p by paired bootstrap over sentences."
+    if why := metrics.leading_note(leading):
+        note += f" {why}."
     note += f" Not finished yet: {', '.join(result['missing'])}." * bool(result["missing"])
     norms = [_dominance(name, row["dominance"]) for name, row in result["rows"].items() if "dominance" in row]
     return "\n".join([f"**{result['title']}**", "", *lines, "", *norms, note, ""])

@@ -2,7 +2,7 @@
 
     model.safetensors      all weights and buffers; rank 0 writes it
     rank-<r>.safetensors   of each rank: its share of the optimiser's state, its random generators, and, but rank 0, its buffers
-    manifest.json          step, dev BLEU, state, config, versions; size and SHA-256 of every file and of itself
+    manifest.json          step, dev scores, state, config, versions; size and SHA-256 of every file and of itself
 
 The flow: every rank copies its tensors (`Writer.save`) and trains on while a thread writes them into `.step-N.part/`. Once every
 rank has said that its files are on disk, rank 0 writes the manifest and renames the folder (`Writer.settle`). So a folder
@@ -45,6 +45,7 @@ class State:
     usual: float = 0.0  # loss of a token: a running mean over the steps, where train.spike looks at it
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)  # of this rank, since the last line of the log
+    leading: str = ""  # the dev score that decides which checkpoint is the best, from the first look at dev on
 
 
 class DiskError(Exception):
@@ -76,11 +77,12 @@ class Writer:
         """Whether it is time, by the clock of the rank that is asked."""
         return bool(self.keep.minutes) and time.monotonic() - self.last > 60 * self.keep.minutes
 
-    def save(self, engine, state: State, dev_bleu4: float | None) -> None:
-        """Copies what is to be written, and leaves the writing to a thread."""
+    def save(self, engine, state: State, dev: dict[str, float] | None) -> None:
+        """Copies what is to be written, and leaves the writing to a thread. dev: scores by name."""
         self.settle()
         self.last = time.monotonic()
-        self.manifest = {"step": state.step, "dev_bleu4": dev_bleu4, "world_size": self.ranks.world_size, "state": asdict(state), **self.facts}
+        scores = {"dev_bleu4": None} | {f"dev_{name}": score for name, score in (dev or {}).items()}
+        self.manifest = {"step": state.step, **scores, "world_size": self.ranks.world_size, "state": asdict(state), **self.facts}
         tensors = {f"rank-{self.ranks.rank}.safetensors": rank_tensors(engine, self.ranks)}
         with engines.whole(engine):
             if self.ranks.first:
@@ -154,8 +156,7 @@ def _write(part: Path, contents: dict[str, dict[str, torch.Tensor]]) -> dict:
 def _remove_old(folder: Path, keep: Checkpoint) -> None:
     found = sorted(_manifests(folder), key=lambda pair: pair[0]["step"])
     kept = {path for _, path in found[-keep.last :]} | {path for m, path in found if keep.every_nth and m["step"] % keep.every_nth == 0}
-    scored = [(m["dev_bleu4"], m["step"], path) for m, path in found if m["dev_bleu4"] is not None]
-    kept |= {path for *_, path in sorted(scored)[-keep.best :]}
+    kept |= {path for *_, path in sorted(_scored(found))[-keep.best :]}
     for _, path in found:
         if path not in kept:
             gone = path.rename(folder / f".{path.name}.part")  # what is left of it after a kill looks like no checkpoint
@@ -220,11 +221,22 @@ def newest_good(run: Path, ranks: Ranks) -> tuple[Path, dict] | None:
 
 
 def best(run: Path) -> Path:
-    """The checkpoint with the highest dev BLEU-4; of equals the later one."""
-    found = [(m["dev_bleu4"], m["step"], folder) for m, folder in _manifests(run / "checkpoints") if m["dev_bleu4"] is not None]
+    """The checkpoint with the highest leading dev score; of equals the later one."""
+    found = _scored(_manifests(run / "checkpoints"))
     if not found:
         raise UserError(f"{run} holds no scored checkpoint: has the run got as far as its first look at the dev split?")
     return max(found)[2]
+
+
+def _scored(found: list[tuple[dict, Path]]) -> list[tuple[float, int, Path]]:
+    """(score, step, folder) of the checkpoints that have the score that leads in the newest of them.
+    Those that an older version wrote name none: BLEU-4 led."""
+    scored = [(manifest, path) for manifest, path in found if manifest["dev_bleu4"] is not None]
+    if not scored:
+        return []
+    newest = max((manifest for manifest, _ in scored), key=lambda manifest: manifest["step"])
+    name = f"dev_{newest['state'].get('leading') or 'bleu4'}"
+    return [(manifest[name], manifest["step"], path) for manifest, path in scored if name in manifest]
 
 
 def progress(run: Path) -> tuple[int, int]:

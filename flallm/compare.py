@@ -9,7 +9,7 @@ from sacrebleu.significance import PairedTest
 
 from flallm import UserError, config, metrics, results
 
-TESTED = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "chrf": "chrF", "wer": "WER"}
+TESTED = ("bleu4", "rouge_l", "chrf", "wer")  # beside the score that leads
 SENTENCES = 10  # that are shown
 
 
@@ -44,18 +44,21 @@ def _predictions(run: Path, split: str) -> tuple[list[str], list[str], list[resu
 
 
 def _scores(said_a: list[str], said_b: list[str], references: list[str], convention: str) -> list[str]:
-    """sacreBLEU's paired tests. A p is how often chance alone would part the runs at least as far."""
-    tests = []
+    """sacreBLEU's paired tests, of the leading score first. A p is how often chance alone would part the runs at least as far."""
+    leading = metrics.leading(references, convention)
+    names, tests = list(dict.fromkeys((leading, *TESTED))), []
     for kind in ("bs", "ar"):
-        parts = {name: metrics.metric(convention, name) for name in TESTED}
+        parts = {name: metrics.metric(convention, name) for name in names}
         _, scores = PairedTest([("A", said_a), ("B", said_b)], parts, [references], kind)()
         del scores["System"]
         tests.append(list(scores.values()))
     rows = [f"\n{'':9}{'A':>8}{'B':>8}{'B - A':>9}   p: paired bootstrap   p: approximate randomization"]
-    for label, (one, other), (_, randomized) in zip(TESTED.values(), *tests):
+    if note := metrics.leading_note(leading):
+        rows.insert(0, f"\n{note}")
+    for name, (one, other), (_, randomized) in zip(names, *tests):
         # Of equal scores sacreBLEU's p is the smallest there is, which would look like a finding.
         p = ("-", "-") if one.score == other.score else (f"{other.p_value:.4f}", f"{randomized.p_value:.4f}")
-        rows.append(f"{label:9}{one.score:8.2f}{other.score:8.2f}{other.score - one.score:+9.2f}   {p[0]:>19}   {p[1]:>28}")
+        rows.append(f"{metrics.LABELS[name]:9}{one.score:8.2f}{other.score:8.2f}{other.score - one.score:+9.2f}   {p[0]:>19}   {p[1]:>28}")
     return rows
 
 

@@ -151,7 +151,7 @@ class Checkpoint:
     every: int = 0  # steps; 0: by the clock alone
     minutes: float = 15  # since the one before; 0: by steps alone
     last: int = 2  # the newest ones; of two, one is left should the other be damaged
-    best: int = 1  # by dev BLEU-4
+    best: int = 1  # by the leading dev score, BLEU-4 where sentences have four words
     every_nth: int = 0  # those of steps divisible by this, for good; 0: none
 
 

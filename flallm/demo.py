@@ -76,13 +76,16 @@ def _stages(out: Path, overrides: dict) -> None:
 
 
 def _summary(out: Path) -> None:
-    print("\n          BLEU-4 [95 % interval]    ROUGE-L   swapped videos   training and scoring")
+    from flallm import metrics
+
+    leading = json.loads((out / "stage2/scores/test.json").read_text(encoding="utf-8"))["leading"]
+    print(f"\n          {metrics.LABELS[leading]} [95 % interval]    ROUGE-L   swapped videos   training and scoring")
     for stage in ("stage1", "stage2"):
         scores = json.loads((out / stage / "scores/test.json").read_text(encoding="utf-8"))
-        bleu, rouge = scores["raw"]["bleu4"], scores["raw"]["rouge_l"]["value"]
+        bleu, rouge = scores["raw"][leading], scores["raw"]["rouge_l"]["value"]
         low, high = bleu["ci95"]
         seconds = (out / stage / "seconds.txt").read_text(encoding="utf-8").strip()
-        print(f"{stage}    {bleu['value']:6.2f} [{low:.2f}, {high:.2f}]       {rouge:6.2f}    {scores['swapped_bleu4']:6.2f}           {seconds} s")
+        print(f"{stage}    {bleu['value']:6.2f} [{low:.2f}, {high:.2f}]       {rouge:6.2f}    {scores[f'swapped_{leading}']:6.2f}           {seconds} s")
     predictions = [json.loads(line) for line in (out / "stage2/predictions/test.jsonl").read_text(encoding="utf-8").splitlines()]
     print(f"\n{len(predictions)} test sentences by signers that training has not seen (raw convention: {scores['raw']['signature']['bleu']}). Five of them:")
     longest_first = sorted(predictions, key=lambda p: -len(p["reference"].split()))

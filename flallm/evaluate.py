@@ -19,6 +19,8 @@ from flallm.loader import Batch, Clips, batches
 from flallm.model.translator import Translator
 from flallm.text import Text
 
+SAME_SENTENCE = 0.1  # share of the clips whose swapped video may show the same sentence
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -84,19 +86,39 @@ def check_features(clips: Clips, model: Translator) -> None:
         raise UserError(f"{folder} holds features of another encoder: make them again with flallm features from the run this encoder is of")
 
 
-def swapped_bleu4(predictions: list[Prediction], convention: str) -> float:
-    """BLEU-4 of the same clips decoded from swapped videos: what the model says of another clip against this clip's
-    reference. As high as the real score when it does not look at its input."""
-    half = len(predictions) // 2
-    hypotheses = [p.hypothesis for p in predictions[half:] + predictions[:half]]
-    return metrics.bleu4(hypotheses, [p.reference for p in predictions], convention)
+def swapped(hypotheses: list[str], references: list[str]) -> list[str]:
+    """For each clip what the model says of the clip half a split further. Scored against this clip's
+    reference it is as high as the real score when the model does not look at its input.
+
+    Where over a tenth of the clips would get one with the same sentence (as where signers repeat the
+    same list), clips are put in the order of their sentences first, so that they get another one."""
+    half = len(references) // 2
+    order = list(range(len(references)))
+    same = sum(a == b for a, b in zip(references, references[half:] + references[:half]))
+    if same > SAME_SENTENCE * len(references):
+        order.sort(key=references.__getitem__)
+    other = dict(zip(order, order[half:] + order[:half]))
+    return [hypotheses[other[i]] for i in range(len(references))]
 
 
-def reachable_bleu4(references: list[str], text: Text, convention: str) -> float:
-    """BLEU-4 of the references once they have been to the tokenizer and back, what no model with this tokenizer gets past. Less than 100 where it lacks
+def swapped_score(predictions: list[Prediction], convention: str, name: str) -> float:
+    """A score of the same clips decoded from swapped videos."""
+    hypotheses, references = [p.hypothesis for p in predictions], [p.reference for p in predictions]
+    return metrics.point_estimate(swapped(hypotheses, references), references, convention, name)
+
+
+def hardly_looks(real: float, blind: float) -> bool:
+    """Whether a score is so near to that of wrong videos that the model hardly looks at its input:
+    less than one point over twice as high, and at least half as far from 100. The second matters for
+    BLEU-1 of a few isolated signs, of which a blind guess gets more than half."""
+    return real < 2 * blind + 1 and 100 - real >= (100 - blind) / 2
+
+
+def reachable_score(references: list[str], text: Text, convention: str, name: str) -> float:
+    """A score of the references once they have been to the tokenizer and back, what no model with this tokenizer gets past. Less than 100 where it lacks
     words, or writes them otherwise: mBART's has no full-width commas."""
     said = [text.decode(text.tokenizer(reference, add_special_tokens=False)["input_ids"]) for reference in references]
-    return metrics.bleu4(said, references, convention)
+    return metrics.point_estimate(said, references, convention, name)
 
 
 def load_run(run: Path, device: torch.device) -> tuple[Translator, Config]:
@@ -128,8 +150,10 @@ def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
     if ranks.first:
         names = [config.convention, *(c for c in metrics.CONVENTIONS if c != config.convention)]
         scores = metrics.scores(hypotheses, references, names)
-        scores["swapped_bleu4"] = swapped_bleu4(predictions, config.convention)
-        scores["reachable_bleu4"] = reachable_bleu4(references, model.text, config.convention)
+        leading = scores["leading"] = scores[config.convention]["leading"]
+        for name in dict.fromkeys(("bleu4", leading)):
+            scores[f"swapped_{name}"] = swapped_score(predictions, config.convention, name)
+            scores[f"reachable_{name}"] = reachable_score(references, model.text, config.convention, name)
         scores["bad_samples"] = len(bad)
         for folder in ("predictions", "scores"):
             make_folder(run / folder)
@@ -137,11 +161,12 @@ def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
         write_whole(run / f"predictions/{split}.jsonl", "".join(json.dumps(vars(p), ensure_ascii=False) + "\n" for p in predictions))
         write_whole(run / f"scores/{split}.json", json.dumps(scores, indent=1))
         note_bad_samples(run, bad)
-        if scores["reachable_bleu4"] < metrics.REACHABLE:
-            print(
-                f"warning: the tokenizer of {run} cannot say all references as they are: BLEU-4 {scores['reachable_bleu4']:.2f} is the most that can be reached",
-                file=sys.stderr,
-            )
+        if note := metrics.leading_note(leading):
+            print(note, file=sys.stderr)
+        reachable = scores[f"reachable_{leading}"]
+        if reachable < metrics.REACHABLE:
+            most = f"{metrics.LABELS[leading]} {reachable:.2f} is the most that can be reached"
+            print(f"warning: the tokenizer of {run} cannot say all references as they are: {most}", file=sys.stderr)
     return scores
 
 

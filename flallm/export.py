@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from flallm import UserError, __version__, checkpoint, make_folder, visible_files
+from flallm import UserError, __version__, checkpoint, make_folder, metrics, visible_files
 from flallm import config as cfg
 from flallm.config import Config
 from flallm.evaluate import load_run
@@ -81,9 +81,12 @@ def _card(run: Path, config: Config, parameters: int, licence: str) -> str:
     for path in visible_files(run / "scores", "*.json"):
         for convention, scores in json.loads(path.read_text(encoding="utf-8")).items():
             if isinstance(scores, dict) and "bleu4" in scores:
-                low, high = scores["bleu4"]["ci95"]
+                leading = scores.get("leading", "bleu4")
+                low, high = scores[leading]["ci95"]
                 signature = scores["signature"]["bleu"].replace("|", r"\|")  # which would end a cell
-                bleu = f"{scores['bleu4']['value']:.2f} [{low:.2f}, {high:.2f}]"
+                bleu = f"{scores[leading]['value']:.2f} [{low:.2f}, {high:.2f}]"
+                if leading != "bleu4":
+                    bleu = f"{metrics.LABELS[leading]} in its place: {bleu}"
                 rows.append(f"| {path.stem} | {convention} | {bleu} | {scores['rouge_l']['value']:.2f} | {scores['num_samples']} | `{signature}` |")
     table = (
         "\n".join(["| split | convention | BLEU-4 [95 %] | ROUGE-L | sentences | BLEU's signature |", "|---|---|---|---|---|---|", *rows])

@@ -18,7 +18,18 @@ from flallm import UserError
 from flallm.scorers import WER, ChrF, RougeL, Ter
 
 RESAMPLES = 1000  # of the bootstrap; its seed is sacreBLEU's and stands in the signatures
-REACHABLE = 99.0  # BLEU-4 that a tokenizer lets a model reach, below which people are told
+REACHABLE = 99.0  # leading score that a tokenizer lets a model reach, below which people are told
+LABELS = {
+    "bleu1": "BLEU-1",
+    "bleu2": "BLEU-2",
+    "bleu3": "BLEU-3",
+    "bleu4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "rouge_l_slrt": "ROUGE-L (SLRT)",
+    "chrf": "chrF",
+    "ter": "TER",
+    "wer": "WER",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,8 @@ CONVENTIONS = {
 
 
 def scores(hypotheses: Sequence[str], references: Sequence[str], conventions: Sequence[str] = tuple(CONVENTIONS)) -> dict[str, dict]:
-    """Every score under each convention: {"raw": {"bleu4": {"value", "ci95"}, …, "signature", "num_samples", "references_sha256"}, …}."""
+    """Every score under each convention: {"raw": {"bleu4": {"value", "ci95"}, …, "leading", "signature", "num_samples",
+    "references_sha256"}, …}."""
     assert len(hypotheses) == len(references) > 0
     hypotheses, references = list(hypotheses), list(references)
     measured: dict[tuple, tuple[dict, str]] = {}  # some conventions differ in BLEU only
@@ -66,6 +78,7 @@ def scores(hypotheses: Sequence[str], references: Sequence[str], conventions: Se
             parts[name], signatures[name] = measured[key]
         signatures = {"bleu": signatures["bleu4"]} | {name: s for name, s in signatures.items() if not name.startswith("bleu")}
         found[convention] = parts | {
+            "leading": leading(references, convention),
             "signature": signatures,
             "num_samples": len(references),
             "references_sha256": hashlib.sha256("\n".join(references).encode(errors="surrogatepass")).hexdigest(),
@@ -84,9 +97,42 @@ def splitter(convention: str) -> Callable[[str], list[str]]:
     return lambda text: counts._preprocess_segment(text).split()
 
 
+def leading(references: Sequence[str], convention: str) -> str:
+    """The score that decides: "bleu4", or of short references BLEU-n of a smaller n.
+
+    It is BLEU-n with the largest n up to 4 for which at least half of the references have an
+    n-gram of the convention's tokens. Where fewer have one, BLEU-n depends on few sentences;
+    where none has one, BLEU-n is 0 whatever the hypotheses are.
+    """
+    counts = token_counts(references, convention)
+    for n in (4, 3, 2):
+        if 2 * sum(count >= n for count in counts) >= len(counts):
+            return f"bleu{n}"
+    return "bleu1"
+
+
+def leading_note(leading: str) -> str:
+    """Why another score than BLEU-4 leads; empty where BLEU-4 does."""
+    if leading == "bleu4":
+        return ""
+    order = int(leading[-1])
+    return f"{LABELS[leading]} leads in place of BLEU-4: fewer than half of the references have {order + 1} words"
+
+
+def token_counts(texts: Sequence[str], convention: str) -> list[int]:
+    """How many tokens BLEU counts in each text."""
+    bleu = metric(convention, "bleu4")
+    return [len(bleu._preprocess_segment(text).split()) for text in texts]
+
+
 def bleu4(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> float:
     """BLEU-4 alone, without an interval."""
-    return metric(convention, "bleu4").corpus_score(list(hypotheses), [list(references)]).score
+    return point_estimate(hypotheses, references, convention, "bleu4")
+
+
+def point_estimate(hypotheses: Sequence[str], references: Sequence[str], convention: str, name: str) -> float:
+    """One score alone, without its interval."""
+    return metric(convention, name).corpus_score(list(hypotheses), [list(references)]).score
 
 
 def metric(convention: str, name: str) -> Metric:

@@ -14,27 +14,30 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.ticker import EngFormatter
 
+from flallm import metrics
+
 LONGEST = 30  # letters of a word beside a picture; a model that has not learnt to end words says longer ones
 
 
 def table(result: dict, path: Path) -> None:
-    """BLEU-4 of each row with its interval, the seeds one by one, and the paper's; and beside it how each seed got there, on dev."""
+    """The leading score of each row with its interval, the seeds one by one, and the paper's; and beside it how each seed got there, on dev."""
+    leading, dev_leading = result["leading"], result["dev_leading"]
     figure, (axes, curves) = pyplot.subplots(1, 2, figsize=(12, max(3, 0.9 + 0.6 * len(result["rows"]))), layout="constrained")
     for place, row in enumerate(result["rows"].values()):
-        score, colour = row["bleu4"], f"C{place}"
+        score, colour = row[leading], f"C{place}"
         axes.barh(place, score["mean"], 0.6, color=colour, alpha=0.4)
         axes.hlines(place, *score["ci95"], color=colour)
         axes.plot(score["values"], [place] * len(score["values"]), "|", color="black", markersize=10)
-        if "bleu4" in row["paper"]:
-            axes.plot(row["paper"]["bleu4"], place, "o", color="black", fillstyle="none")
+        if leading in row["paper"]:
+            axes.plot(row["paper"][leading], place, "o", color="black", fillstyle="none")
         for *below, own in row["dev"]:
             for points, style in [(points, ":") for points in below] + [(own, "-")]:
                 curves.plot(*zip(*points), style, color=colour, marker=".", linewidth=1)
     axes.set_yticks(range(len(result["rows"])), list(result["rows"]))
     axes.invert_yaxis()
-    axes.set_xlabel("BLEU-4: mean and 95 % interval, | a seed, ○ the paper on PHOENIX14T")
+    axes.set_xlabel(f"{metrics.LABELS[leading]}: mean and 95 % interval, | a seed, ○ the paper on PHOENIX14T")
     axes.set_title(result["title"], loc="left", fontsize=10)
-    curves.set(xlabel="clips seen; dotted: its stage 1", ylabel="BLEU-4 on dev, greedy", ylim=(0, None))
+    curves.set(xlabel="clips seen; dotted: its stage 1", ylabel=f"{metrics.LABELS[dev_leading]} on dev, greedy", ylim=(0, None))
     curves.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,6 +1,6 @@
 """How much of a run's score comes from seeing: a split decoded with the videos spoilt in several ways, and scored in parts.
 
-Writes probes/<split>.json: {"verdict", "seen_share", "videos": {what the model saw: scores}, "groups": {which clips: scores}, "overlap", "repeated"}.
+Writes probes/<split>.json: {"verdict", "seen_share", "leading", "videos": {what the model saw: scores}, "groups": {which clips: scores}, "overlap", "repeated"}.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from torch.utils.hooks import RemovableHandle
 
 from flallm import UserError, make_folder, metrics, write_whole
 from flallm.engine import Ranks
-from flallm.evaluate import Prediction, decode_split, load_run
+from flallm.evaluate import Prediction, decode_split, hardly_looks, load_run, swapped
 from flallm.loader import Batch
 from flallm.model.translator import Translator
 from flallm.shards import Shards
 
 TEXTS = 200_000  # training sentences that are read at most, evenly spread
-NGRAM = 4
 BLIND = ("another clip's", "noise", "the mean feature")  # videos that say nothing about the sentence
 
 
@@ -42,7 +41,8 @@ def probe(run: Path, split: str, ranks: Ranks) -> dict:
     if not right:
         raise UserError(f"no clip of {split} in {config.data.shards} could be decoded")
     said = {"the right one": [p.hypothesis for p in right]}
-    said["another clip's"] = said["the right one"][len(right) // 2 :] + said["the right one"][: len(right) // 2]  # a sentence depends on its video alone
+    # A sentence depends on its video alone.
+    said["another clip's"] = swapped(said["the right one"], [p.reference for p in right])
     for name, change in (("noise", _noise), ("a frozen frame", _freeze), ("time-reversed", _reverse)):
         said[name] = [p.hypothesis for p in decode(name, change)]
     with seen.put_in(ranks):
@@ -108,20 +108,23 @@ class MeanFeature:
 
 def _judge(said: dict[str, list[str]], right: list[Prediction], convention: str) -> dict:
     references = [p.reference for p in right]
+    leading = metrics.leading(references, convention)
     videos = {
-        name: _scores(hypotheses, references, convention) | {"changed": float(np.mean([h != p.hypothesis for h, p in zip(hypotheses, right)]))}
+        name: _scores(hypotheses, references, convention, leading) | {"changed": float(np.mean([h != p.hypothesis for h, p in zip(hypotheses, right)]))}
         for name, hypotheses in said.items()
     }
-    real, blind = videos["the right one"]["bleu4"]["value"], max(videos[name]["bleu4"]["value"] for name in BLIND)
+    real, blind = videos["the right one"][leading]["value"], max(videos[name][leading]["value"] for name in BLIND)
     share = max(0.0, 1 - blind / real) if real else 0.0
-    verdict = f"{share:.0%} of BLEU-4 {real:.2f} comes from seeing: with another clip's video, noise or the mean feature it is {blind:.2f} at most"
-    if real < 2 * blind + 1:
+    verdict = f"{share:.0%} of {metrics.LABELS[leading]} {real:.2f} comes from seeing"
+    verdict += f": with another clip's video, noise or the mean feature it is {blind:.2f} at most"
+    if hardly_looks(real, blind):
         verdict += "; the model hardly looks at its input"
-    return {"verdict": verdict, "seen_share": share, "convention": convention, "num_samples": len(right), "videos": videos}
+    return {"verdict": verdict, "seen_share": share, "leading": leading, "convention": convention, "num_samples": len(right), "videos": videos}
 
 
-def _scores(hypotheses: list[str], references: list[str], convention: str) -> dict:
-    return {name: metrics.value(hypotheses, references, convention, name) for name in ("bleu4", "rouge_l")}
+def _scores(hypotheses: list[str], references: list[str], convention: str, leading: str) -> dict:
+    names = dict.fromkeys(("bleu4", leading, "rouge_l"))
+    return {name: metrics.value(hypotheses, references, convention, name) for name in names}
 
 
 def training_clips(folder: str) -> list[dict]:
@@ -139,6 +142,8 @@ def _parts(right: list[Prediction], convention: str, shards: Shards, train: list
     signers = {m.get("signer") for m in train} - {None}
     signer_of = {m.get("key"): m.get("signer") for m in shards.metas()}
     lengths = [len(words[p.reference]) for p in right]
+    tokens = metrics.token_counts([p.reference for p in right], convention)
+    leading = metrics.leading([p.reference for p in right], convention)
     a, b = (int(x) for x in np.quantile(lengths, (1 / 3, 2 / 3)))
     groups = {
         "sentence is in the training text": [" ".join(words[p.reference]) in sentences for p in right],
@@ -152,45 +157,66 @@ def _parts(right: list[Prediction], convention: str, shards: Shards, train: list
     found = {}
     for name, inside in groups.items():
         if part := [p for p, yes in zip(right, inside) if yes]:
-            found[name] = {"num_samples": len(part)} | _scores([p.hypothesis for p in part], [p.reference for p in part], convention)
-            if all(len(words[p.reference]) < 4 for p in part):
-                found[name]["bleu4"] = None  # there are no 4-grams
-    known = {gram for text in {m["text"] for m in train} for gram in _ngrams(words[text])}
-    overlap = {}
-    for side in ("hypothesis", "reference"):
-        texts = [words[getattr(p, side)] for p in right]
-        grams = [gram in known for text in texts for gram in _ngrams(text)]
-        overlap[side] = {f"{NGRAM}-grams": float(np.mean(grams)) if grams else 0.0, "sentences": float(np.mean([" ".join(t) in sentences for t in texts]))}
+            found[name] = {"num_samples": len(part)} | _scores([p.hypothesis for p in part], [p.reference for p in part], convention, leading)
+            longest = max(count for count, yes in zip(tokens, inside) if yes)
+            for score in {"bleu4", leading}:
+                if longest < _order(score):
+                    found[name][score] = None  # no reference has an n-gram
+    trained = [words[text] for text in {m["text"] for m in train}]
+    overlap = {
+        "hypothesis": _overlap([words[p.hypothesis] for p in right], trained, _order(leading)),
+        "reference": _overlap([words[p.reference] for p in right], trained, _order(leading)),
+    }
     counts = Counter(p.hypothesis for p in right)
     most, times = counts.most_common(1)[0]
     repeated = {"share": sum(n for n in counts.values() if n > 1) / len(right), "most_common": most, "times": times}
     return {"groups": found, "overlap": overlap, "repeated": repeated}
 
 
-def _ngrams(words: list[str]) -> Iterator[tuple[str, ...]]:
-    return zip(*(words[i:] for i in range(NGRAM)))
+def _overlap(texts: list[list[str]], train: list[list[str]], order: int) -> dict[str, float]:
+    """What share of the texts' n-grams, of 4 words and of `order`, and of whole texts is in the training text."""
+    shares = {}
+    for n in dict.fromkeys((4, order)):
+        known = {gram for text in train for gram in _ngrams(text, n)}
+        grams = [gram in known for text in texts for gram in _ngrams(text, n)]
+        shares[f"{n}-grams"] = float(np.mean(grams)) if grams else 0.0
+    sentences = {" ".join(text) for text in train}
+    shares["sentences"] = float(np.mean([" ".join(text) in sentences for text in texts]))
+    return shares
+
+
+def _order(score: str) -> int:
+    """The n of BLEU-n."""
+    return int(score.removeprefix("bleu"))
+
+
+def _ngrams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[i:] for i in range(n)))
 
 
 def table(found: dict) -> str:
     """What the command prints."""
-    rows = [f"{'video':22}{'BLEU-4 [95 %]':>24}{'ROUGE-L':>9}{'sentences changed':>19}"]
-    rows += [f"{name:22}{_interval(s):>24}{s['rouge_l']['value']:9.2f}{s['changed']:>19.0%}" for name, s in found["videos"].items()]
-    rows += [f"\n{'of the right one':38}{'clips':>6}{'BLEU-4 [95 %]':>24}{'ROUGE-L':>9}"]
-    rows += [f"{name:38}{s['num_samples']:6}{_interval(s):>24}{s['rouge_l']['value']:9.2f}" for name, s in found["groups"].items()]
+    leading, n = found["leading"], _order(found["leading"])
+    head = f"{metrics.LABELS[leading]} [95 %]"
+    rows = [f"{'video':22}{head:>24}{'ROUGE-L':>9}{'sentences changed':>19}"]
+    rows += [f"{name:22}{_interval(s[leading]):>24}{s['rouge_l']['value']:9.2f}{s['changed']:>19.0%}" for name, s in found["videos"].items()]
+    rows += [f"\n{'of the right one':38}{'clips':>6}{head:>24}{'ROUGE-L':>9}"]
+    rows += [f"{name:38}{s['num_samples']:6}{_interval(s[leading]):>24}{s['rouge_l']['value']:9.2f}" for name, s in found["groups"].items()]
     said, meant, repeated = found["overlap"]["hypothesis"], found["overlap"]["reference"], found["repeated"]
     rows += [
         "",
-        f"in the training text   {said[f'{NGRAM}-grams']:.0%} of the hypotheses' {NGRAM}-grams (references: {meant[f'{NGRAM}-grams']:.0%}), "
+        f"in the training text   {said[f'{n}-grams']:.0%} of the hypotheses' {n}-grams (references: {meant[f'{n}-grams']:.0%}), "
         f"{said['sentences']:.0%} of the hypotheses (references: {meant['sentences']:.0%})",
         f"said more than once    {repeated['share']:.0%} of the hypotheses; {repeated['times']} times {repeated['most_common']!r}",
         "",
+        *([note, ""] if (note := metrics.leading_note(leading)) else []),
         found["verdict"],
     ]
     return "\n".join(rows)
 
 
-def _interval(scores: dict) -> str:
-    if not scores["bleu4"]:
+def _interval(score: dict | None) -> str:
+    if not score:
         return "-"
-    low, high = scores["bleu4"]["ci95"]
-    return f"{scores['bleu4']['value']:.2f} [{low:.2f}, {high:.2f}]"
+    low, high = score["ci95"]
+    return f"{score['value']:.2f} [{low:.2f}, {high:.2f}]"

@@ -36,12 +36,11 @@ HERE = Path(__file__).parent
 FORMS = ("", "labels", "manifest")  # what shards made of a table of any data set say of it: its name is the recipe's
 VIDEO_MIB = 12  # of clips in the page, a third more there as text
 LONGEST = 400  # words that are compared one by one
-LABELS = {
-    "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu3": "BLEU-3", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "rouge_l_slrt": "ROUGE-L (SLRT)", "chrf": "chrF", "ter": "TER",
-    "wer": "WER",
-}  # fmt: skip
 CHARTS = {  # title: {what metrics.jsonl calls it: label}, unit
     "Loss": ({"loss": "training"}, ""),
+    "BLEU-1 on dev": ({"dev_bleu1": "right videos", "dev_bleu1_swapped": "swapped videos"}, ""),  # where it leads
+    "BLEU-2 on dev": ({"dev_bleu2": "right videos", "dev_bleu2_swapped": "swapped videos"}, ""),
+    "BLEU-3 on dev": ({"dev_bleu3": "right videos", "dev_bleu3_swapped": "swapped videos"}, ""),
     "BLEU-4 on dev": ({"dev_bleu4": "right videos", "dev_bleu4_swapped": "swapped videos"}, ""),
     "Learning rate": ({"lr_encoder": "encoder", "lr_adapter": "adapter", "lr_language": "language model", "lr_first": "Light-T"}, ""),
     "Clips a second": ({"clips_per_s": "all ranks"}, ""),
@@ -76,6 +75,7 @@ def report(run: Path, split: str, clips: int) -> Path:
         _add_nearest(sentences, shards)
         _add_clips(sentences, shards, clips, run, notes)
     rows, scores = _jsonl(run / "metrics.jsonl"), _json(run / f"scores/{split}.json")
+    leading = scores.get("leading", "bleu4")
     found = {
         "run": run.resolve().name,
         "split": split,
@@ -95,7 +95,9 @@ def report(run: Path, split: str, clips: int) -> Path:
         "tables": [_table(path) for path in _tables(run)],
         "sentences": sentences,
         "notes": notes,
-        "labels": LABELS,
+        "labels": metrics.LABELS,
+        "leading": leading,
+        "leading_note": metrics.leading_note(leading),
         "conventions": metrics.CONVENTIONS,
     }
     page = run / "report.html"
@@ -303,7 +305,7 @@ def _published(corpus: str, split: str, scores: dict) -> dict | None:
         warnings.append(f"These are scores of {split}, the published ones of {table['split']}.")
     if mine["num_samples"] != table["sentences"]:
         warnings.append(f"{mine['num_samples']} sentences were scored here, {table['sentences']} there.")
-    names = [name for name in LABELS if name in table["systems"][0]]
+    names = [name for name in metrics.LABELS if name in table["systems"][0]]
     run = {"name": "this run", "citation": "", "gloss": False, "mine": True, "ci95": mine["bleu4"]["ci95"]} | {name: mine[name]["value"] for name in names}
     systems = sorted([*table["systems"], run], key=lambda s: -(s["bleu4"] or 0))
     return {"corpus": corpus, **table, "systems": systems, "warnings": warnings, "top": max(max(s["bleu4"] for s in systems), run["ci95"][1]), "names": names}

@@ -22,15 +22,14 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from flallm import UserError, checkpoint, write_whole
+from flallm import UserError, checkpoint, metrics, write_whole
 from flallm import config as cfg
 from flallm import engine as engines
 from flallm.checkpoint import State, Writer
 from flallm.config import Config, Train
 from flallm.engine import AGAIN, Ranks, Step
-from flallm.evaluate import Prediction, check_features, decode_split, note_bad_samples, of_run, swapped_bleu4
+from flallm.evaluate import Prediction, check_features, decode_split, hardly_looks, note_bad_samples, of_run, swapped_score
 from flallm.loader import Clips, batches
-from flallm.metrics import bleu4
 from flallm.model.llm import save_base
 from flallm.model.translator import Translator
 from flallm.plan import make_plan, training_groups
@@ -111,13 +110,13 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             stop, written, due = step.flags
             if state.skipped_in_a_row >= config.train.max_skipped:
                 give_up(writer, log, f"{config.train.max_skipped} steps in a row had to be left out, see {run}/skipped.jsonl; the last good checkpoint is kept")
-            score = None
+            scores = None
             if state.step % dev_every == 0 or state.step == total:
                 with engines.whole(engine):
-                    score = look_at_dev(model, config, ranks, log)
+                    scores = look_at_dev(model, config, ranks, log)
             try:
-                if score is not None or stop or due or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
-                    writer.save(engine, log.up_to_now(), score)
+                if scores or stop or due or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+                    writer.save(engine, log.up_to_now(), scores)
                 elif written == ranks.world_size:
                     writer.settle()
                 if stop or state.step == total:
@@ -216,8 +215,9 @@ def schedule(config: Train, step: int, total: int, start: float = 0.0) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def look_at_dev(model: Translator, config: Config, ranks: Ranks, log: Log) -> float:
-    """BLEU-4 on dev, greedy, of the real and of swapped videos."""
+def look_at_dev(model: Translator, config: Config, ranks: Ranks, log: Log) -> dict[str, float]:
+    """Greedy scores on dev, BLEU-4 and the one that leads, by their names. A run's first look at dev
+    decides which one leads, so that all of its checkpoints are measured by the same."""
     began = time.monotonic()
     greedy = replace(config.decode, beam=1, batch=max(config.decode.batch, 32))
     workers = min(1, config.data.workers)  # those of training are there too
@@ -226,8 +226,15 @@ def look_at_dev(model: Translator, config: Config, ranks: Ranks, log: Log) -> fl
         note_bad_samples(log.run, bad)
     if not predictions:
         raise UserError(f"no clip of dev in {config.data.shards} could be decoded, see {log.run}/bad_samples.jsonl")
-    real = bleu4([p.hypothesis for p in predictions], [p.reference for p in predictions], config.convention)
-    log.dev(real, swapped_bleu4(predictions, config.convention), time.monotonic() - began)
+    hypotheses, references = [p.hypothesis for p in predictions], [p.reference for p in predictions]
+    if not log.state.leading:
+        log.state.leading = metrics.leading(references, config.convention)
+        log.note_leading()
+    real, swapped = {}, {}
+    for name in dict.fromkeys(("bleu4", log.state.leading)):
+        real[name] = metrics.point_estimate(hypotheses, references, config.convention, name)
+        swapped[name] = swapped_score(predictions, config.convention, name)
+    log.dev(real, swapped, time.monotonic() - began)
     if ranks.first:
         log.show(model, {p.key: p for p in predictions})
     log.leave_out(time.monotonic() - began)
@@ -336,13 +343,24 @@ class Log:
                 file.writelines(json.dumps({"step": self.state.step, "rank": rank, "why": why} | part) + "\n" for rank, part in enumerate(parts))
         self.say(f"step {self.state.step}/{self.total}  warning: {why}, the step is left out; its clips are in skipped.jsonl")
 
-    def dev(self, real: float, swapped: float, seconds: float) -> None:
-        self._write({"dev_bleu4": real, "dev_bleu4_swapped": swapped, "dev_seconds": seconds})
+    def note_leading(self) -> None:
+        if note := metrics.leading_note(self.state.leading):
+            self.say(note)
+
+    def dev(self, real: dict[str, float], swapped: dict[str, float], seconds: float) -> None:
+        """real, swapped: scores by their names, of the right videos and of swapped ones."""
+        values = {}
+        for name in real:
+            values |= {f"dev_{name}": real[name], f"dev_{name}_swapped": swapped[name]}
+        self._write(values | {"dev_seconds": seconds})
         if self.ranks.first and self.state.step == self.total:
             plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in cfg.flat(self.config).items()}
-            self.tensorboard.add_hparams(plain, {"hparams/dev_bleu4": real}, run_name=".", global_step=self.state.step)
-        self.say(f"step {self.state.step}/{self.total}  dev BLEU-4 {real:.2f}, from swapped videos {swapped:.2f}")
-        if real < 2 * swapped + 1 and self.state.step > self.total / 4:
+            best = {f"hparams/dev_{name}": value for name, value in real.items()}
+            self.tensorboard.add_hparams(plain, best, run_name=".", global_step=self.state.step)
+        leading = self.state.leading
+        score = f"dev {metrics.LABELS[leading]} {real[leading]:.2f}, from swapped videos {swapped[leading]:.2f}"
+        self.say(f"step {self.state.step}/{self.total}  {score}")
+        if hardly_looks(real[leading], swapped[leading]) and self.state.step > self.total / 4:
             self.say("warning: dev scores are no better with the right video than with another: the model does not look at its input yet")
 
     def show(self, model: Translator, said: dict[str, Prediction]) -> None:

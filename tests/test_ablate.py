@@ -480,7 +480,17 @@ def test_dominance_is_of_the_language_model_over_the_encoder():
 def test_of_several_seeds_a_table_has_mean_and_standard_deviation():
     row = {score: ablate.spread([10.0, 13.0, 16.0]) for score in (*ablate.SCORES, "swapped_bleu4")} | {"hours": 1.0, "paper": {"bleu4": 23.09}}
     row["bleu4"]["ci95"] = [9.0, 17.0]
-    study = {"title": "T", "recipe": "demo", "sentences": 5, "seeds": 3, "convention": "raw", "choice": None, "missing": ["other"], "rows": {"one": row}}
+    study = {
+        "title": "T",
+        "recipe": "demo",
+        "sentences": 5,
+        "seeds": 3,
+        "convention": "raw",
+        "leading": "bleu4",
+        "choice": None,
+        "missing": ["other"],
+        "rows": {"one": row},
+    }
     text = ablate.markdown(study)
     assert (
         "| one | 13.00 ± 3.00 | 13.00 ± 3.00 [9.00, 17.00] | 13.00 ± 3.00 | 1.00 | 23.09 |" in text and "over 3 seeds" in text and "finished yet: other" in text

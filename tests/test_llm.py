@@ -20,7 +20,7 @@ from flallm import UserError, doctor
 from flallm import config as cfg
 from flallm.checkpoint import load_model, unique_tensors
 from flallm.corpora import synthetic
-from flallm.evaluate import reachable_bleu4
+from flallm.evaluate import reachable_score
 from flallm.loader import IGNORE, Clips
 from flallm.model.llm import load_llm, untie
 from flallm.model.translator import Translator
@@ -131,12 +131,12 @@ def test_mbart_50_answers_after_its_end_token_and_the_languages_code(changed):
     assert text.start == [code]  # this one starts from <s>, as mBART does from the code
     text.config.decoder_start_token_id = text.end
     assert text._start(cfg.LLM(language="de_DE")) == [text.end, code]
-    with pytest.raises(UserError, match="'we' is no language of the tokenizer of .*: it has de_DE, en_XX"):
+    with pytest.raises(UserError, match=r"'we' is no language of the tokenizer of .*: it has de_DE, en_XX"):
         Text(cfg.LLM(path=path, language="we"))  # a piece of its vocabulary
 
 
 def test_a_tokenizer_without_languages_has_none(folders):
-    with pytest.raises(UserError, match="'i' is no language .* it has no languages, so leave it empty"):
+    with pytest.raises(UserError, match=r"'i' is no language .* it has no languages, so leave it empty"):
         Text(cfg.LLM(path=str(folders["mt5"]), language="i"))
 
 
@@ -195,8 +195,8 @@ def test_what_a_tokenizer_cannot_say_bounds_the_score(folders):
     """These normalise by NFKC, as mBART's and mT5's do, which makes a comma of a full-width one."""
     text = Text(cfg.LLM(path=str(folders["mbart"])))
     sentences = [text for _, text in synthetic.sentences("test", 20)]
-    assert reachable_bleu4(sentences, text, "raw") == pytest.approx(100)
-    assert reachable_bleu4([f"{sentence} ，" for sentence in sentences], text, "raw") < 90
+    assert reachable_score(sentences, text, "raw", "bleu4") == pytest.approx(100)
+    assert reachable_score([f"{sentence} ，" for sentence in sentences], text, "raw", "bleu4") < 90
 
 
 def test_prompt_features_and_answer_fit_into_a_decoder_only_model_together(built):
