@@ -159,19 +159,12 @@ def _shards(config: Config) -> Iterator[Row]:
 
 def _models(configs: list[Config]) -> Iterator[Row]:
     """Whether the pre-trained models that the stages name are there and are what they should be."""
-    from flallm.model.llm import check_family
     from flallm.text import Text
 
     for path in dict.fromkeys(config.llm.path for config in configs):
         try:
             text = Text(next(config.llm for config in configs if config.llm.path == path))
-            check_family(path, text.config)
-            said = f"{path}: {text.config.model_type}, vocabulary {len(text):,}"
-            without_row = text.without_row(sorted(text.tokenizer.get_vocab().values()))
-            if without_row:
-                names = ", ".join(without_row[:3])
-                said += f"; no embedding for {len(without_row)} tokens, such as {names}: texts that hold one are refused"
-            yield (WARN if without_row else OK), "language model", said
+            yield OK, "language model", f"{path}: {text.config.model_type}, vocabulary {len(text):,}"
         except UserError as error:
             yield MISS, "language model", str(error)
     for path in dict.fromkeys(config.encoder.weights for config in configs if config.encoder.weights):

@@ -25,7 +25,6 @@ from flallm.config import LLM
 from flallm.corpora import read_text
 from flallm.model.llm import load_llm
 from flallm.shards import Shards, splits_of
-from flallm.text import hub_options
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id")
 
@@ -36,21 +35,17 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
         raise UserError(f"{out} exists already")
     model = load_llm(LLM(path=path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub_options(path))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is not one of the tokenizers library")
     counts = {split: _count(tokenizer, _texts(Shards(shards, split))) for split in ("train", *sorted({*splits_of(shards)} - {"train"}))}
     frequent = _count(tokenizer, read_text(text, "a sentence a line was expected there").splitlines()) if text else Counter()
-    before, parameters = model.get_input_embeddings().num_embeddings, model.num_parameters()
-    for split, count in counts.items():
-        if without_row := [i for i in count if i >= before]:
-            token = tokenizer.convert_ids_to_tokens(without_row[0])
-            raise UserError(f"{path} has no embedding for {token!r} (number {without_row[0]} of {before}), which a text of {split} holds")
-    kept, small = trim_tokenizer(tokenizer, {*counts.pop("train"), *(i for i, _ in frequent.most_common(most))})
-    trim_model(model, kept, tokenizer.eos_token_id)
     make_folder(out.parent)
+    before, parameters = model.get_input_embeddings().num_embeddings, model.num_parameters()
+    kept, small = trim_tokenizer(tokenizer, {*counts.pop("train"), *(i for i, _ in frequent.most_common(most))})
+    trim_model(model, kept)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     for saved in (model, small):
@@ -80,12 +75,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, used: set[int]) -> tuple[
     alphabet = (
         {*ByteLevel.alphabet(), *(f"<0x{byte:02X}>" for byte in range(256))} if data["model"]["type"] == "BPE" or data["model"].get("byte_fallback") else set()
     )
-    always = {
-        *tokenizer.all_special_ids,
-        *(t["id"] for t in data["added_tokens"]),
-        *_named_ids(data["post_processor"]),
-        *(ids[piece] for piece in alphabet & ids.keys()),
-    }
+    always = {*tokenizer.all_special_ids, *(t["id"] for t in data["added_tokens"]), *(ids[piece] for piece in alphabet & ids.keys())}
     unknown = data["model"].get("unk_id", ids.get(data["model"].get("unk_token")))
     kept = used | always | ({unknown} if unknown is not None else set())
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in data["model"].get("merges", [])]
@@ -116,14 +106,6 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, used: set[int]) -> tuple[
     return new, PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **special, extra_special_tokens=extra)
 
 
-def _named_ids(processor: dict | None) -> set[int]:
-    """The ids of the tokens that a post-processor of a tokenizer.json puts around texts."""
-    processor = processor or {}
-    named = {i for token in processor.get("special_tokens", {}).values() for i in token["ids"]}
-    named |= {processor[end][1] for end in ("sep", "cls") if end in processor}
-    return named.union(*map(_named_ids, processor.get("processors", [])))
-
-
 def _renumber(processor: dict | None, new: dict[int, int]) -> None:
     """Puts the new ids into a post-processor of a tokenizer.json."""
     for token in (processor or {}).get("special_tokens", {}).values():  # TemplateProcessing
@@ -135,13 +117,9 @@ def _renumber(processor: dict | None, new: dict[int, int]) -> None:
         _renumber(one, new)
 
 
-def trim_model(model: torch.nn.Module, kept: dict[int, int], stand_in: int) -> None:
-    """Leaves the model these tokens; `trimmed_from` in its config is how many there were.
-
-    A token that was added without an embedding, as padding often is, gets that of the token `stand_in`.
-    """
-    before = model.get_input_embeddings().num_embeddings
-    rows = torch.tensor([i if i < before else stand_in for i in kept])
+def trim_model(model: torch.nn.Module, kept: dict[int, int]) -> None:
+    """Leaves the model these tokens; `trimmed_from` in its config is how many there were."""
+    rows, before = torch.tensor(list(kept)), model.get_input_embeddings().num_embeddings
     # Not by resize_token_embeddings, which ties what the config says is tied, as T5's always does.
     tables = {id(w): nn.Parameter(w.detach()[rows]) for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
     for module in model.modules():

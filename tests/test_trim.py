@@ -78,7 +78,7 @@ def test_logits_of_kept_tokens_are_the_same(kind, tied, tmp_path):
         for model in (whole, small):
             model.lm_head.bias = torch.nn.Parameter(torch.arange(float(model.config.vocab_size)) / 100)
         small.config.pad_token_id = -1
-    trim_model(small, kept, stand_in=2)
+    trim_model(small, kept)
     assert kind != "llama" or (torch.equal(small.lm_head.bias, whole.lm_head.bias[list(kept)]) and small.config.pad_token_id is None)
     if kind == "llama":
         whole.lm_head.bias = small.lm_head.bias = None
@@ -91,32 +91,6 @@ def test_logits_of_kept_tokens_are_the_same(kind, tied, tmp_path):
     with torch.no_grad():
         a, b = (model(**x).logits for model, x in zip((whole, again), inputs))
     torch.testing.assert_close(b, a[..., list(kept)], rtol=1e-5, atol=1e-5)
-
-
-def test_a_token_that_the_post_processor_names_is_kept(tmp_path):
-    """As the end in LLaMA 3's, which no text holds and which is not among the special tokens."""
-    made = byte_level()
-    name, end = max(made.get_vocab().items(), key=lambda item: len(item[0]))
-    made.post_processor = processors.TemplateProcessing(single=f"$A {name}", special_tokens=[(name, end)])
-    whole = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
-    kept, small = trim_tokenizer(whole, {*whole("am samstag", add_special_tokens=False)["input_ids"]})
-    assert end in kept and small("am samstag")["input_ids"] == [kept[i] for i in whole("am samstag")["input_ids"]]
-
-
-def test_padding_without_an_embedding_is_trimmed_and_other_tokens_without_one_are_named(shards, tmp_path, flallm):
-    folder = save("llama", tmp_path / "whole")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(folder)
-    trim(str(folder), str(shards), tmp_path / "small")
-    small = AutoTokenizer.from_pretrained(tmp_path / "small")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert small.pad_token == "[PAD]" and model.get_input_embeddings().num_embeddings == len(small)
-    tokenizer.add_tokens(["we"])  # a word of the texts
-    tokenizer.save_pretrained(folder)
-    done = flallm("trim", folder, f"--shards={shards}", f"--out={tmp_path / 'no'}", cwd=tmp_path)
-    assert done.returncode == 2 and "has no embedding for 'we'" in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "no").exists()
 
 
 def test_trim_keeps_what_training_says_and_tells_what_the_others_lose(shards, tmp_path, flallm):

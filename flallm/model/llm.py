@@ -17,17 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from flallm import UserError, first_line
 from flallm.config import LLM
 from flallm.loader import IGNORE
-from flallm.text import Text, hub_options
+from flallm.text import Text
 
 logging.disable_progress_bar()  # it would draw a bar a rank, for weights that are there at once
 
@@ -35,10 +31,6 @@ logging.disable_progress_bar()  # it would draw a bar a rank, for weights that a
 ATTENTION = {"cuda": "sdpa", "cpu": "eager"}
 HERE = ATTENTION["cuda" if torch.cuda.is_available() else "cpu"]
 DROPOUT = {"mbart": "dropout", "t5": "dropout_rate", "mt5": "dropout_rate"}  # the encoder-decoders that are known
-
-
-# Families with a recurrent state and attention for which attention maps, beam search and left padding were tested.
-HYBRIDS = ("jamba", "qwen3_5", "qwen3_5_text", "qwen3_next")
 
 
 class EncoderDecoder:
@@ -102,36 +94,22 @@ def embedding_scale(model: PreTrainedModel) -> float:
     return math.sqrt(model.config.d_model) if getattr(model.config, "scale_embedding", False) else 1.0
 
 
-def check_family(path: str, shape: PretrainedConfig) -> None:
-    """Raises UserError for a language model of a family that stage 2 does not take, before anything of it is loaded."""
-    kind = shape.model_type
-    if kind in DROPOUT:
-        return
-    is_decoder_only = not shape.is_encoder_decoder and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not is_decoder_only or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise UserError(f"llm.path: {path} is a {kind} model; stage 2 takes {', '.join(DROPOUT)} and decoder-only models such as llama")
-    if MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]._is_stateful and kind not in HYBRIDS:
-        raise UserError(
-            f"llm.path: {path} is a {kind} model, whose state is recurrent: it has no attention maps or no beam search; take one with attention, such as llama"
-        )
-
-
 def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
     """The model of `llm.path` with what of it trains; without `weights` only its shape, for weights that a checkpoint holds."""
     try:
-        hub = hub_options(config.path)
-        shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False, **hub)
+        shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
         kind = shape.model_type
         if kind in DROPOUT:
-            shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False, **hub, **{DROPOUT[kind]: config.dropout, "attention_dropout": 0.0})
-        check_family(config.path, shape)
+            shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False, **{DROPOUT[kind]: config.dropout, "attention_dropout": 0.0})
+        elif shape.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise UserError(f"llm.path: {config.path} is a {kind} model; stage 2 takes {', '.join(DROPOUT)} and decoder-only models such as llama")
         auto = AutoModelForSeq2SeqLM if kind in DROPOUT else AutoModelForCausalLM
-        options = {"attn_implementation": HERE, "dtype": torch.float32, "trust_remote_code": False, **(hub if weights and not config.random else {})}
+        options = {"attn_implementation": HERE, "dtype": torch.float32, "trust_remote_code": False}
         if weights and not config.random:
             model = auto.from_pretrained(config.path, config=shape, **options)
         else:
             model = auto.from_config(shape, **options)
-            if not PretrainedConfig.get_config_dict(config.path, **hub)[0].get("tie_word_embeddings", True) and shape.tie_word_embeddings:
+            if not PretrainedConfig.get_config_dict(config.path)[0].get("tie_word_embeddings", True) and shape.tie_word_embeddings:
                 untie(model, "lm_head.weight")  # mT5 and T5 1.1: transformers ties what their published weights do not
     except (OSError, ValueError) as error:
         raise UserError(f"llm.path: no model can be loaded from {config.path}: {first_line(error)}") from None
