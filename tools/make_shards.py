@@ -138,7 +138,7 @@ def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
 
     Args:
         folder: where labels.* lie
-        root: what their imgs_path are relative to
+        root: what their imgs_path or video_path are relative to
         out: the folder to write into
         options: encoding, see --help of the tool
     """
