@@ -156,7 +156,7 @@ def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str 
 
 
 def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | None = None, clips_per_s: str | None = None, **overrides: str) -> Job:
-    """What a recipe will take on so many GPUs: parameters, memory, steps, hours, communication, decoding, checkpoints, failures. Exit code 1: it does not fit.
+    """What a recipe will take on so many GPUs: parameters, memory, steps, hours, communication, decoding, checkpoints. Exit code 1: it does not fit.
 
     Args:
         recipe: a built-in name such as phoenix14t, or the path of a YAML file
@@ -212,19 +212,14 @@ def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown"
     return Job(work)
 
 
-def score(hypotheses: str, references: str | None = None, *, convention: str = "all", semantic: str | None = None, layer: str | None = None) -> Job:
+def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> Job:
     """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
 
     Args:
         hypotheses: a text file with a sentence a line, a predictions.jsonl, or a pickle of another code base's results
         references: the same of the references, as a second word too (score HYPOTHESES REFERENCES); not needed where the first file holds both
         convention: raw, 13a, csl-daily, zh, lower or all
-        semantic: the folder of a model that scores by meaning: BLEURT (a head of one number) or any encoder for BERTScore
-        layer: whose embeddings BERTScore compares; the last one's where it is not given
     """
-    number = whole("layer", layer, 1) if layer else None
-    if layer and not semantic:
-        raise UserError("--layer is one of the model that --semantic names")
 
     def work() -> None:
         from flallm import metrics, results
@@ -232,12 +227,7 @@ def score(hypotheses: str, references: str | None = None, *, convention: str = "
         names = list(metrics.CONVENTIONS) if convention == "all" else [convention]
         said, meant, _ = results.pairs(Path(hypotheses), Path(references) if references else None)
         scores = metrics.scores(said, meant, names)
-        found = scores if convention == "all" else scores[convention]
-        if semantic:
-            from flallm.semantic import semantic as by_meaning
-
-            found["semantic"] = by_meaning(Path(semantic), said, meant, number)
-        print(json.dumps(found, indent=1))
+        print(json.dumps(scores if convention == "all" else scores[convention], indent=1))
 
     return Job(work)
 
@@ -313,7 +303,7 @@ def ablate(
 
     Args:
         recipe: a built-in name such as demo, or the path of a YAML file
-        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or masks, onepass, steps, stack, words or lora, past it; several
+        table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or steps, words or lora, past it; several
             separated by commas share their runs. See flallm/tables.yaml
         seeds: how many seeds, 0 to n - 1, each run has
         rows: only these rows of the tables, separated by commas

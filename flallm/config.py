@@ -40,8 +40,10 @@ AT_LEAST_1 = {  # every other number is 0 at the least, but those of SIGNED
     "decode.max_tokens", "decode.batch",
 }  # fmt: skip
 SIGNED = {"llm.lora.alpha", "decode.length_penalty"}
-SHARES = ("train.llm_start", "train.warmup", "train.label_smoothing", "light_t.dropout", "llm.dropout")  # from 0 to below 1
+SHARES = ("train.warmup", "train.label_smoothing", "light_t.dropout", "llm.dropout")  # from 0 to below 1
 DATE = "tag:yaml.org,2002:timestamp"
+# Fields that earlier versions had, with the values at which they did nothing.
+REMOVED = {"train.one_pass": False, "train.lr_first": 1e-2, "train.llm_start": 0.0, "train.mask_frames": 0, "train.mask_channels": 0}
 READ_AS_OTHER = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", DATE)  # what YAML can take a text without quotes for
 PLACE = "{video}"  # where the features stand in a prompt
 
@@ -119,9 +121,6 @@ class Train:
     lr_encoder: float = 1e-2
     lr_adapter: float = 1e-2
     lr_language: float = 1e-2
-    one_pass: bool = False  # in joint: the encoder learns from Light-T as in stage 1, beside an LLM that reads its features and leaves it alone …
-    lr_first: float = 1e-2  # … of that Light-T, its adapter and the word loss's layer
-    llm_start: float = 0.0  # … share of the steps after which the LLM and its adapter compute and learn, with a warm-up and a cosine of their own
     momentum: float = 0.9  # of sgd
     betas: tuple[float, ...] = (0.9, 0.998)  # of adamw
     weight_decay: float = 1e-3
@@ -129,9 +128,6 @@ class Train:
     max_grad_norm: float = 1.0  # a gradient with a larger one is scaled down to it
     label_smoothing: float = 0.2  # [P]
     word_loss: float = 0.0  # weight of a loss that ties frames to words, see Translator; not in the paper, 0 leaves it out
-    # In stage 2: SpecAugment's two masks set fewer than so many of a clip's features in a row to 0 in training, each less than half of them …
-    mask_frames: int = 0
-    mask_channels: int = 0  # … and two more fewer than so many channels
     frozen: str | None = None  # nothing | backbone | encoder (that is backbone and temporal module); none: the encoder in stage 2, else nothing
     precision: str = "bf16"  # bf16 (autocast, parameters stay fp32) | fp32
     deepspeed: str | None = None  # a DeepSpeed JSON file; none: ds_configs/zero2.json, without a GPU zero2_cpu.json
@@ -242,11 +238,20 @@ _Loader.add_constructor(DATE, lambda loader, node: node.value)  # no field is a 
 
 
 def read_run(run: Path) -> dict:
-    """The config.yaml of a run folder."""
+    """The config.yaml of a run folder, without fields that were removed since it was begun.
+
+    Raises UserError for a run that made use of one.
+    """
     path = run / "config.yaml"
     if not os.path.isfile(path):
         raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
-    return read_yaml(path)
+    sections = read_yaml(path)
+    for name, default in REMOVED.items():
+        section, field = name.split(".")
+        value = sections.get(section, {}).pop(field, default)
+        if value != default and name != "train.lr_first":
+            raise UserError(f"{run} was trained with {name}={value}, which this version no longer has")
+    return sections
 
 
 def read_yaml(path: Path) -> dict:
@@ -340,7 +345,6 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
     for wrong, said in (
         (config.seed >= 2**32, f"seed: {config.seed} is not below {2**32}"),
         ("/" in config.name, f"name: {config.name!r} is to be a folder's name, without /"),
-        (train.one_pass and config.stage != "joint", f"train.one_pass: {config.stage} is one of two passes, joint takes it"),
         (len(betas) != 2 or max(betas) >= 1, f"train.betas: {', '.join(map(str, betas))}: two numbers from 0 to below 1 are needed"),
         (not encoder.widths, "encoder.widths: one is needed at least"),
         (len(encoder.widths) != len(encoder.depths), f"encoder.depths: {len(encoder.depths)} of them for {len(encoder.widths)} encoder.widths"),

@@ -1,4 +1,4 @@
-"""What a recipe will cost, before it is started: memory, time, communication, decoding, checkpoints, failures; no GPU is touched.
+"""What a recipe will cost, before it is started: memory, time, communication, decoding, checkpoints; no GPU is touched.
 
 The model is built from its config without any weights and a training step is run on tensors that have shapes and no values
 (PyTorch's fake tensors), under counters of floating-point operations and of living bytes. So sizes are computed, not guessed.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import math
 import os
 import tempfile
 import time
@@ -50,8 +49,6 @@ CPU_SHARE = {"bf16": 0.15, "fp32": 0.47}
 HIDDEN = 2 / 3  # of a step's computation is the backward pass, behind which gradients are sent
 SNAPSHOT = 8.0  # [assumed] GB/s from a GPU into the host's memory, while a checkpoint holds training up
 DISK = 1.0  # [assumed] GB/s of a node into a shared file system
-RESTART = 300.0  # [assumed] seconds from a failure to the first step of the next start
-MTBF = 54 * 24 * 16384 / 419  # GPU-hours between interruptions: Llama 3's 419 in 54 days on 16,384 GPUs (Dubey et al. 2024, section 3.3.4)
 LATENCY = 40e-6  # [assumed] seconds of a collective of a few numbers
 FRAME_BYTES = 700.0  # of a source frame of 256 pixels as make_shards encodes rendered signers by default; noise of a camera takes more
 DECODE = 1.5e-3  # core-seconds a used frame takes with augmentation: 49.6 clips/s of 13.8 of them, see docs/scale.md
@@ -200,9 +197,8 @@ def dry_step(config: Config, text: Text | Words, lengths: list[int], tokens: int
         with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
             model = Translator(config, text, weights=False).train()
         if word_loss:
-            getattr(model, "first", model).words = torch.nn.Linear(config.encoder.channels, len(text))
-        for part in (model, model.first) if model.one_pass else (model,):
-            part.language.set_attn_implementation(ATTENTION[kind])
+            model.words = torch.nn.Linear(config.encoder.channels, len(text))
+        model.language.set_attn_implementation(ATTENTION[kind])
         for p in model.parameters():
             if p.requires_grad:  # ZeRO takes a gradient away as soon as it is there
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -436,13 +432,6 @@ def _figures(
     how = f"rank 0 copies all weights and its share at {SNAPSHOT:g} GB/s [assumed]; written behind the steps at {DISK:g} GB/s [assumed] in {duration(written)}"
     yield Figure("checkpoints", "size", weights + moments, "GiB", "weights and moments, fp32")
     yield Figure("checkpoints", "holds up", blocked, "s", how)
-    mtbf = MTBF / N * 3600
-    best = math.sqrt(2 * blocked * mtbf)
-    yield Figure("failures", "mean time between", mtbf, "s", f"{MTBF:,.0f} GPU-hours (Llama 3) / {N}")
-    yield Figure("failures", "best interval", best, "s", "sqrt(2 x holds up x mean time between): Young and Daly")
-    for name, interval in (("lost at best", max(best, written)), ("lost as set", config.checkpoint.minutes * 60 or best)):
-        how = f"of the time, a checkpoint every {duration(interval)}: writing + redoing + {RESTART:g} s to start again [assumed]"
-        yield Figure("failures", name, blocked / interval + interval / 2 / mtbf + RESTART / mtbf, "%", how)
 
 
 def _communication(config: Config, step: Step, N: int, device: Device, compute: float) -> list[Figure]:

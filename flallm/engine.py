@@ -194,10 +194,7 @@ def parameter_groups(model: Translator, config: Train) -> list[dict]:
         modules = [getattr(model, part)] + ([model.words] if part == "adapter" and hasattr(model, "words") else [])
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if params:
-            start = config.llm_start if model.one_pass and part != "encoder" else 0.0
-            groups.append({"name": part, "params": params, "lr": getattr(config, f"lr_{part}"), "start": start})
-    if model.one_pass:
-        groups.append({"name": "first", "params": list(model.first.parameters()), "lr": config.lr_first, "start": 0.0})
+            groups.append({"name": part, "params": params, "lr": getattr(config, f"lr_{part}")})
     return groups
 
 
@@ -288,13 +285,6 @@ def load_optimizer_pieces(engine, files: list[Path]) -> None:
                         raise UserError(f"{files[0].parent} does not fit the recipe: it lacks {key} of {parameter}")
 
 
-def begin_anew(engine, groups: tuple[str, ...]) -> None:
-    """Takes AdamW's count of steps back to 0 in these groups, which have had no gradient so far: it would leave their first moments uncorrected."""
-    for group, flat, _ in _partitions(engine):
-        if group in groups and "step" in engine.optimizer.state[flat]:
-            engine.optimizer.state[flat]["step"].zero_()
-
-
 def _partitions(engine) -> Iterator[tuple[str, torch.Tensor, list[tuple]]]:
     """(name, this rank's flat share, [(parameter, where in the parameter, where in the share)]) of each group; under ZeRO-3 of each part of one."""
     names = {id(p): name for name, p in engine.module.named_parameters()}
@@ -375,10 +365,10 @@ def on_the_way(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
                 yield batch
 
 
-def set_learning_rates(engine, config: Train, factor: Callable[[float], float]) -> dict[str, float]:
-    """The rates of the groups by their names. factor: what those of a group are multiplied by that begins to learn after a share of the steps."""
+def set_learning_rates(engine, config: Train, factor: float) -> dict[str, float]:
+    """Sets each group's learning rate to the recipe's times `factor`; returns the rates by the groups' names."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = factor(group["start"]) * getattr(config, f"lr_{group['name']}")
+        group["lr"] = factor * getattr(config, f"lr_{group['name']}")
     return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
 
 

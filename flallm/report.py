@@ -42,7 +42,7 @@ CHARTS = {  # title: {what metrics.jsonl calls it: label}, unit
     "BLEU-2 on dev": ({"dev_bleu2": "right videos", "dev_bleu2_swapped": "swapped videos"}, ""),
     "BLEU-3 on dev": ({"dev_bleu3": "right videos", "dev_bleu3_swapped": "swapped videos"}, ""),
     "BLEU-4 on dev": ({"dev_bleu4": "right videos", "dev_bleu4_swapped": "swapped videos"}, ""),
-    "Learning rate": ({"lr_encoder": "encoder", "lr_adapter": "adapter", "lr_language": "language model", "lr_first": "Light-T"}, ""),
+    "Learning rate": ({"lr_encoder": "encoder", "lr_adapter": "adapter", "lr_language": "language model"}, ""),
     "Clips a second": ({"clips_per_s": "all ranks"}, ""),
     "Waiting for data": ({"data_wait_share": "share of the time"}, "%"),
 }

@@ -1,4 +1,4 @@
-"""What sacreBLEU lacks, ROUGE-L, WER and scores by meaning, as metrics of its kind, with its bootstrap, paired tests and signatures; underscored methods are those it asks of one.
+"""What sacreBLEU lacks, ROUGE-L and WER, as metrics of its kind, with its bootstrap, paired tests and signatures; underscored methods are those it asks of one.
 
 An empty hypothesis gets no ROUGE-L and one error for each word of its reference; where the reference is empty too it is perfect.
 """
@@ -74,23 +74,6 @@ class WER(_Ratio):
 
     def count(self, hypothesis: list[str], reference: list[str]) -> tuple[float, float]:
         return edit_distance(hypothesis, reference), len(reference)
-
-
-class Meaning(_Ratio):
-    """The mean over sentences of values found beforehand, {(hypothesis, reference): value}."""
-
-    def __init__(self, name: str, bounds: tuple[float, float], values: dict[tuple[str, str], float]):
-        super().__init__("none", False)
-        self.name, self.bounds, self.values = name, bounds, values
-
-    def _preprocess_segment(self, sent: str) -> str:
-        return sent
-
-    def _extract_reference_info(self, refs: Sequence[str]) -> dict:
-        return {"reference": refs[0]}
-
-    def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
-        return [self.values[hypothesis, ref_kwargs["reference"]], 1.0]
 
 
 class RougeL(_Ratio):

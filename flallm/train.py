@@ -73,7 +73,6 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     check_features(clips, model)
     engine = engines.start_engine(model.to(ranks.device), config.train, ranks)
     dev_every = config.train.dev_every or plan.steps(0)
-    wait = round(config.train.llm_start * total) if model.one_pass else 0  # steps that the LLM waits
     with checkpoint.lock(run, ranks), engines.Asked() as asked, contextlib.ExitStack() as leaving:
         if ranks.gather(checkpoint.steps(run))[0] != there:
             raise UserError(f"{run} was written to while this start read it: start again")
@@ -98,11 +97,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         for state.step in range(first + 1, total + 1):
             with log.waiting():
                 micro_batches = [next(loader) for _ in range(config.train.micro_batches)]
-            rates = engines.set_learning_rates(engine, config.train, lambda start: schedule(config.train, state.step - 1, total, start))
-            model.llm_waits = state.step <= wait
-            if state.step == wait + 1 > 1:  # the LLM's first
-                engines.begin_anew(engine, ("language", "adapter"))
-                state.usual = 0.0
+            rates = engines.set_learning_rates(engine, config.train, schedule(config.train, state.step - 1, total))
             most = (config.train.spike * state.usual or math.inf) if config.train.spike else None
             flags = (asked.stop, writer.written, writer.due() and ranks.first)
             step = engines.train_step(engine, micro_batches, ranks, *flags, most=most, norms=log.is_due())
@@ -204,11 +199,8 @@ def take_encoder(model: Translator, config: Config, stage1: Path | None) -> None
         checkpoint.load(stage1, model.words, "words.")
 
 
-def schedule(config: Train, step: int, total: int, start: float = 0.0) -> float:
-    """What the learning rates are multiplied by: a linear rise over the warm-up, then a cosine down to 0, both over the steps after `start`, a share of all."""
-    step, total = step - round(start * total), total - round(start * total)
-    if step < 0:
-        return 0.0
+def schedule(config: Train, step: int, total: int) -> float:
+    """What the learning rates are multiplied by: a linear rise over the warm-up, then a cosine down to 0."""
     warmup = config.warmup * total
     if step < warmup:
         return (step + 1) / (warmup + 1)

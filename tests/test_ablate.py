@@ -32,7 +32,6 @@ from flallm.text import Text
 from flallm.train import take_encoder
 
 T5 = {"llm.path": "google/mt5-base", "llm.language": None}
-ONE_PASS = {"train.one_pass": True, "train.batch": 8, "train.lr_first": 1e-3}  # as stage 1, but with joint training's optimiser and its rates
 JOINT_RATE = {"train.lr_encoder": 1e-3}
 # table -> row -> (stage that is scored, what differs there from phoenix14t.yaml, what differs in the stage 1 below it)
 DIFFERENCES = {
@@ -70,24 +69,12 @@ DIFFERENCES = {
         "mBART": ("stage2", {}, {}),
         "mT5-Base": ("stage2", T5, T5),
     },
-    "masks": {
-        "none": ("stage2", {}, {}),
-        "frames": ("stage2", {"train.mask_frames": 5}, {}),
-        "frames and channels": ("stage2", {"train.mask_frames": 5, "train.mask_channels": 16}, {}),
-    },
-    "onepass": {
-        "stage 1 then stage 2": ("stage2", {}, {}),
-        "stage 1 then stage 2 from cached features": ("stage2", {}, {}),
-        "one pass": ("joint", ONE_PASS, None),
-        "one pass with the LLM from a third of it on": ("joint", {**ONE_PASS, "train.llm_start": 0.3333}, None),
-    },
     "steps": {
         "joint training": ("joint", {}, None),
         "factorised": ("stage2", {}, {}),
         "factorised with three times the steps of stage 2": ("stage2", {"train.epochs": 120}, {}),
         "stage 1 by itself and a third longer": ("stage1", {"train.epochs": 100}, None),
     },
-    "stack": {"none": ("stage2", {}, {}), "two": ("stage2", {"llm.stack": 2}, {}), "four": ("stage2", {"llm.stack": 4}, {})},
     "lora": {"all weights": ("stage2", {}, {}), "LoRA of rank 16": ("stage2", {"llm.lora.rank": 16, "train.lr_language": 2e-4}, {})},
     "words": {
         "features through the adapter": ("stage2", {}, {}),
@@ -128,22 +115,20 @@ def test_the_runs_of_a_table_differ_from_the_recipe_in_exactly_the_stated_fields
             config = study.config(run)
             assert config.stage == stage and differences(config) == own | seeded, name
             assert (differences(study.config(run.stage1)) if run.stage1 else None) == (None if below is None else below | seeded), name
-            assert bool(run.features) == (table in ("masks", "stack", "words", "lora") or "cached" in name or (table == "steps" and stage == "stage2")), name
+            assert bool(run.features) == (table in ("words", "lora") or (table == "steps" and stage == "stage2")), name
 
 
 CONTRASTED = {
     "6": ("data.stride", [1, 2, 4, 8]),
     "9": ("train.frozen", ["nothing", "backbone", "encoder"]),
     "10": ("llm.random", [True, True, False, False]),
-    "masks": ("train.mask_frames", [0, 5, 5]),
-    "stack": ("llm.stack", [1, 2, 4]),
     "lora": ("llm.lora.rank", [0, 16]),
 }
 
 
 @pytest.mark.parametrize("table", CONTRASTED)
 def test_rows_are_what_they_are_called_on_a_recipe_with_other_defaults_too(table, tmp_path):
-    other = {"data.stride": 3, "train.frozen": "backbone", "llm.random": True, "train.mask_frames": 2, "llm.stack": 3, "llm.lora.rank": 4}
+    other = {"data.stride": 3, "train.frozen": "backbone", "llm.random": True, "llm.lora.rank": 4}
     field, values = CONTRASTED[table]
     study = Study("phoenix14t", [table], 1, [], {field: other[field]}, tmp_path)
     assert [cfg.flat(study.config(run))[field] for (run,) in only(study).rows.values()] == values
@@ -166,7 +151,7 @@ def test_what_the_llm_is_to_read_is_said_of_stage_2_and_joint_training_reads_sig
 @pytest.mark.parametrize("field,value", [("llm.input", "frames"), ("train.frozen", "backbone")])
 def test_rows_from_cached_features_are_refused_where_video_is_needed(field, value, tmp_path):
     with pytest.raises(UserError, match="row 'none' reads features that are written once"):
-        Study("demo", ["masks"], 1, [], {field: value}, tmp_path)
+        Study("demo", ["words"], 1, [], {field: value}, tmp_path)
 
 
 def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):
@@ -225,8 +210,6 @@ def train_all(studies: list[Study]) -> None:
 def done(overrides, tmp_path_factory) -> dict[str, Study]:
     out = tmp_path_factory.mktemp("ablate")
     studies = {table: Study("demo", [table], 1, [], overrides, out) for table in ("4", "5", "8", "9", "fig2")}
-    rows = ["stage 1 then stage 2 from cached features", "one pass with the LLM from a third of it on"]
-    studies["onepass"] = Study("demo", ["onepass"], 1, rows, overrides, out)
     studies["words"] = Study("demo", ["words"], 1, [], overrides, out)
     engine.launch(train_all, 1, list(studies.values()))
     return studies
@@ -258,7 +241,6 @@ def changed(study: Study, row: str, since: str) -> set[str]:
         ("9", "backbone + temporal", "stage1", set()),
         ("5", "LLM fine-tuning only", "start", {"temporal"}),
         ("4", "joint", "start", {"backbone", "temporal"}),
-        ("onepass", "one pass with the LLM from a third of it on", "start", {"backbone", "temporal"}),
     ],
 )
 def test_what_a_row_freezes_is_frozen_to_the_bit_and_the_rest_trains(done, table, row, since, expected):
@@ -275,9 +257,8 @@ def test_hidden_states_of_light_t_are_those_of_the_stage_1_below(done):
 
 
 def test_a_row_from_cached_features_is_the_stage_2_that_a_user_gets_from_them_and_its_hours_have_their_writing(done):
-    study = done["onepass"]
-    (run,) = only(study).rows["stage 1 then stage 2 from cached features"]
-    assert run == only(done["words"]).rows["features through the adapter"][0]
+    study = done["words"]
+    (run,) = only(study).rows["features through the adapter"]
     config = cfg.read_yaml(study.folder(run) / "config.yaml")
     assert (
         config["data"]["shards"] == str(study.folder(run.stage1) / "features")
@@ -285,7 +266,7 @@ def test_a_row_from_cached_features_is_the_stage_2_that_a_user_gets_from_them_an
     )
     video = only(done["4"]).rows["factorised"][0]
     assert study.folder(video) != study.folder(run) and study.folder(video.stage1) == study.folder(run.stage1)
-    hours = only(study).result()["rows"]["stage 1 then stage 2 from cached features"]["hours"]
+    hours = only(study).result()["rows"]["features through the adapter"]["hours"]
     assert study.seconds(run.features) > 0 and hours == pytest.approx(sum(map(study.seconds, [*study.runs[:2], run])) / 3600) and study.runs[1] == run.features
 
 
@@ -432,7 +413,7 @@ def test_hours_are_those_of_finished_runs_or_of_flallm_plan(done, overrides, tmp
     for gpu, name, about in (("h200", "H200", "~"), ("cpu", "this CPU", ">")):
         said = new.plan(gpu, 2)
         assert all(about in line for line in said.splitlines()[1:]) and f"on 2 x {name} by flallm plan" in said
-    cached = Study("demo", ["onepass"], 1, ["stage 1 then stage 2 from cached features"], overrides, tmp_path).plan("cpu", 1)
+    cached = Study("demo", ["words"], 1, ["features through the adapter"], overrides, tmp_path).plan("cpu", 1)
     assert "? h   stage1/seed0/features" in cached and re.search(r">[\d.]+ h   stage2\+cached/seed0", cached)
     assert cached.endswith("unknown hours of 1: no features have been written yet")
     lost = Study("demo", ["4"], 1, [], overrides | {"llm.path": "/nowhere/llm"}, tmp_path).plan("cpu", 1)

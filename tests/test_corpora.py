@@ -595,7 +595,7 @@ def test_isolated_signs_are_joined_into_sentences(tmp_path):
     for i, name in enumerate(("Go", "Thank You", "not")):
         numbered(tmp_path / f"words/{name}.mp4", 25, 10 + i, first=50 * i)
     sidecars(tmp_path / "words")
-    tool = Path(__file__).parents[1] / "tools/join_words.py"
+    tool = Path(__file__).parents[1] / "benchmarks/join_words.py"
     command = [sys.executable, str(tool), str(tmp_path / "words"), f"--out={tmp_path / 'joined'}", "--train=4", "--dev=3", "--test=40"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

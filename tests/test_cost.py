@@ -37,9 +37,7 @@ def test_a_dry_step_has_the_models_parameters_and_the_operations_of_its_layers()
     assert twice.activations == pytest.approx(2 * step.activations, rel=0.15)  # what grows with frames is nearly all
 
 
-@pytest.mark.parametrize(
-    "stage,options", [("stage1", {}), ("joint", {"train.one_pass": True}), ("stage2", {"llm.input": "words"}), ("stage2", {"llm.input": "light_t"})]
-)
+@pytest.mark.parametrize("stage,options", [("stage1", {}), ("joint", {}), ("stage2", {"llm.input": "words"}), ("stage2", {"llm.input": "light_t"})])
 def test_every_parameter_is_counted(small, stage, options):
     config = small(stage, options)
     model = Translator(config, Text(config.llm))
@@ -108,16 +106,13 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(tmp_path, flallm):
     assert done.returncode == 1 and "does not fit" in done.stdout and "llm.lora.rank" in done.stdout
 
 
-def test_what_ranks_send_and_how_often_to_save_are_those_of_theory(small):
+def test_what_ranks_send_is_that_of_theory(small):
     config = small("stage2", {"train.batch": 24})
     eight, sixteen = (figures(config, n) for n in (8, 16))
     for n, found in ((8, eight), (16, sixteen)):  # in a ring each sends (n - 1) / n of the gradients twice, of four bytes in fp32
         assert found["communication/gradients"] == pytest.approx(2 * (n - 1) / n * 4 * found["parameters/trained"])
     # Eight ranks are one node, more a network; gradients are sent behind the backward pass, and weights after it.
     assert sixteen["communication/exposed"] == pytest.approx(eight["communication/exposed"] * (15 / 16) / (7 / 8) * A100.node / A100.network)
-    for factor in (0.7, 1.4):
-        other = figures(small("stage2", {"train.batch": 24, "checkpoint.minutes": eight["failures/best interval"] * factor / 60}), 8)
-        assert other["failures/lost as set"] > other["failures/lost at best"] == eight["failures/lost at best"]
 
 
 def test_a_cpu_has_hours_by_what_its_cores_multiply(small, monkeypatch):

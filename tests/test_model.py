@@ -151,34 +151,6 @@ def test_stage_2_loads_the_pretrained_model_and_keeps_its_encoder_frozen(small):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.language.state_dict().items())
 
 
-def test_masks_hide_stretches_and_channels_of_each_clip_in_training_alone(small):
-    config = small("stage2", {"train.mask_frames": 5, "train.mask_channels": 9})
-    model = Translator(config, Text(config.llm)).train()
-    lengths = torch.tensor([40, 60])
-    features = torch.ones(100, 32)
-    hidden = torch.stack([model._masked(features, lengths) == 0 for _ in range(20)])  # (20, 100, 32)
-    rows, columns = hidden.all(-1), [part.all(1) for part in hidden.split(lengths.tolist(), 1)]
-    assert 0 < max(rows[:, :40].sum(1)) <= 8 and 0 < max(rows[:, 40:].sum(1)) <= 8 and max(c.sum(1).max() for c in columns) <= 16
-    assert not torch.equal(columns[0], columns[1])  # each clip has its own
-    short = torch.stack([model._masked(torch.ones(7, 32), torch.tensor([3, 4])) == 0 for _ in range(50)]).all(-1)  # a single sign has so few
-    assert short.any() and not (short[:, :3].all(1) | short[:, 3:].all(1)).any()
-    assert model.eval()._masked(features, lengths) is features
-
-
-def test_in_one_pass_the_encoder_has_the_gradient_of_stage_1_and_none_of_the_language_models(small):
-    config = small("joint", {"train.one_pass": "true", "llm.dropout": 0})
-    torch.manual_seed(0)
-    model = Translator(config, Text(config.llm)).train()
-    alone = Translator(small("stage1"), model.text).train()
-    alone.load_state_dict(model.first.state_dict() | {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()})
-    clips = Clips("train", config.data, 0)
-    for translator in (model, alone):
-        translator(batch_of(translator, clips, 0, 1, 2))[0].backward()
-    ours, theirs = (dict(m.encoder.named_parameters()) for m in (model, alone))
-    assert len(ours) > 20 and all(torch.equal(p.grad, theirs[name].grad) for name, p in ours.items())
-    assert all(p.grad is not None and p.grad.any() for p in (model.adapter[0].weight, model.first.adapter[0].weight, model.first.words.weight))
-
-
 def test_the_language_model_reads_frames_or_hidden_states_of_light_t_where_it_is_told_to(small):
     """Table 8: each is what stage 1 has there, of every clip by itself."""
     wide = {"encoder.widths": "8,16,16,24"}  # others than the 32 channels of a sign-wise feature

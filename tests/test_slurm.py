@@ -117,7 +117,7 @@ def test_tables_that_share_their_runs_as_arrays_of_jobs(cluster, recipe, tmp_pat
         "flallm",
         "ablate",
         recipe,
-        "--table=words,masks",
+        "--table=words,lora",
         "--rows=features through the adapter,none",
         f"--out={tmp_path}/out",
         "--train.steps=2",
@@ -131,4 +131,4 @@ def test_tables_that_share_their_runs_as_arrays_of_jobs(cluster, recipe, tmp_pat
     assert cluster.job(stage1)["JobState"] == cluster.job(features)["JobState"] == "COMPLETED"
     done = subprocess.run([*command, "--where=nowhere"], env=cluster.env, capture_output=True, text=True)
     assert "3 runs, 3 of them done" in done.stdout and "| features through the adapter | " in done.stdout, done.stderr
-    assert all((tmp_path / f"out/table-{name}.json").exists() for name in ("words", "masks"))
+    assert all((tmp_path / f"out/table-{name}.json").exists() for name in ("words", "lora"))

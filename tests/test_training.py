@@ -24,7 +24,6 @@ from flallm.train import train
 
 PLAIN_SGD = {"train.optimizer": "sgd", "train.momentum": 0, "train.lr_encoder": 0.1, "train.lr_adapter": 0.1, "train.lr_language": 0.1}
 STEPS = ("step1", "step4", "joint1", "bf16", "zero3")
-ONE_PASS = {"train.one_pass": True, "train.llm_start": 0.5, "train.steps": 2, "train.dev_every": 2, "train.log_every": 1, "checkpoint.every": 1}
 GLOBAL = {"encoder.global_batch_norm": True, "train.batch": 12}
 
 
@@ -96,7 +95,6 @@ def two_ranks(configs: dict, out: Path) -> None:
     train(configs["stage1"], out / "stage1", ranks)
     train(configs["stage2"], out / "stage2", ranks, out / "stage1")
     evaluate.evaluate(out / "stage2", "test", ranks)
-    train(configs["one_pass"], out / "one_pass", ranks)
 
 
 def one_rank(configs: dict, out: Path) -> None:
@@ -139,7 +137,6 @@ def runs(shards, llm, tmp_path_factory):
         "zero3": make("joint", **PLAIN_SGD, **GLOBAL, **{"llm.dropout": 0, "train.micro_batches": 2, "train.deepspeed": ZERO3}),
         "stage1": make("stage1", **short),
         "stage2": make("stage2", **short),
-        "one_pass": make("joint", **ONE_PASS),
         "overfit": make("stage1", out / "eight", **overfit, **{"train.dev_every": 160}),
     }
     engine.launch(two_ranks, 2, configs, out)
@@ -218,18 +215,6 @@ def test_a_run_logs_how_the_last_layers_of_encoder_and_language_model_learn(runs
     assert all(norms <= row.keys() and min(row[n] for n in norms) > 0 for row in lines(out / "stage1/metrics.jsonl") if "loss" in row)
     frozen = [row for row in lines(out / "stage2/metrics.jsonl") if "loss" in row]
     assert all(row["grad_norm/llm"] > 0 and "grad_norm/encoder" not in row for row in frozen)
-
-
-def test_in_one_pass_the_llm_does_not_learn_before_its_start_and_does_then(runs):
-    configs, out = runs
-    torch.manual_seed(configs["one_pass"].seed)
-    start = Translator(configs["one_pass"], Text(configs["one_pass"].llm)).state_dict()
-    first, second = (load_file(out / f"one_pass/checkpoints/step-{n}/model.safetensors") for n in (1, 2))
-    assert all(torch.equal(start[name], first[name]) for name in first if name.startswith(("language.", "adapter.")))
-    counts = load_file(out / "one_pass/checkpoints/step-2/rank-0.safetensors")  # AdamW's, which correct the first moments
-    assert [counts[f"optimizer|step|{part}"].item() for part in ("encoder", "first", "language", "adapter")] == [2, 2, 1, 1]
-    for part, before, after in (("encoder.", start, first), ("first.language.", start, first), ("language.", first, second), ("adapter.", first, second)):
-        assert any(not torch.equal(before[name], after[name]) for name in first if name.startswith(part)), part
 
 
 def test_every_clip_is_evaluated_once_and_the_run_folder_is_whole(runs):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchaudio.transforms import FrequencyMasking, TimeMasking
 from transformers import GenerationConfig
 
 from flallm.config import Config, Decode
@@ -40,20 +38,13 @@ class Translator(nn.Module):
         if self.input == "light_t":
             self.light_t = HiddenStates(adapter(config.encoder.channels, C), config.light_t, text)
         self.adapter = adapter(C * self.stack, self.language.get_input_embeddings().embedding_dim)
-        self.one_pass, self.llm_waits = config.train.one_pass, False  # llm_waits: it does not compute yet, `train.llm_start`
-        if self.one_pass:  # the encoder learns from Light-T as in stage 1, and the LLM reads what it sees without a gradient back to it
-            self.first = Translator(replace(config, stage="stage1", train=replace(config.train, one_pass=False)), text)
-            del self.first.encoder
-        self.word_loss = 0 if self.one_pass else config.train.word_loss
+        self.word_loss = config.train.word_loss
         if self.word_loss or self.input == "words":
             self.words = nn.Linear(C, len(text))
         if self.input == "words":  # nothing but these to begin with
             nn.init.zeros_(self.adapter[-1].weight)
             nn.init.zeros_(self.adapter[-1].bias)
         self.encoder.freeze(config.frozen)
-        # SpecAugment (Park et al. 2019). p: a mask of time takes less than half of a clip, so that two leave something of a single sign.
-        masks = [(TimeMasking, config.train.mask_frames, {"p": 0.5}), (FrequencyMasking, config.train.mask_channels, {})] * 2
-        self.masks = [kind(longest, **limit) for kind, longest, limit in masks if longest and config.stage == "stage2"]
         # The weights under LoRA's: a run writes them once, beside its tokenizer, and its checkpoints hold all others.
         lora = config.llm.lora.rank and not light
         self.base = {f"language.{name}" for name, p in self.language.named_parameters(remove_duplicate=False) if lora and not p.requires_grad}
@@ -66,15 +57,6 @@ class Translator(nn.Module):
             made = batch.frames.ndim == 2  # before, by `flallm features`
             signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths, not batch.stands_in)
             return self.light_t(signs, batch.lengths) if self.input == "light_t" else signs
-
-    def _masked(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """In training with stretches of each clip's features, and some of their channels, set to 0."""
-        if not (self.training and self.masks):
-            return features
-        clips = [clip.T for clip in features.split(lengths.tolist())]  # each (C, N)
-        for mask in self.masks:
-            clips = [mask(clip) for clip in clips]
-        return torch.cat(clips, 1).T
 
     def _read(self, features: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the language model reads: embeddings (B, N, D) of features between the prompt's words, and a mask (B, N) of those that are not padding."""
@@ -93,19 +75,8 @@ class Translator(nn.Module):
         return {"inputs_embeds": padded, "attention_mask": mask.to(padded.device)}
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens; these are the LLM's,
-        and Light-T's where the LLM waits."""
-        features = self._masked(self.features(batch), batch.lengths)
-        if not self.one_pass:
-            return self._loss(features, batch)
-        first = self.first._loss(features, batch)
-        if self.llm_waits:
-            return first
-        objective, loss = self._loss(features.detach(), batch)
-        return first[0] + objective, loss
-
-    def _loss(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = batch.labels
+        """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens."""
+        features, labels = self.features(batch), batch.labels
         logits = self.family.logits(self._read(features, batch.lengths), labels)  # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, label_smoothing=self.label_smoothing, reduction="sum")
         if not self.word_loss:

@@ -1,6 +1,6 @@
 """What a GPU makes of the paper's sizes: one JSON object a line, with the card's name.
 
-    python tools/bench_gpu.py [ceiling | steps | profile | pipeline | CASE …]
+    python benchmarks/gpu.py [ceiling | steps | profile | pipeline | CASE …]
 
 `steps` are training steps of each stage on made-up clips as long as PHOENIX-2014-T's, each in a process of its own: their time, the
 share of the card's bf16 peak (MFU), and the peak memory beside what `flallm plan` computes; a CASE is one of them. `pipeline` runs the commands themselves on
@@ -157,7 +157,7 @@ def run(*arguments: str) -> str:
 
 def pipeline(out: Path) -> None:
     """Clips/s of the commands with the recipe's model, reading and decoding included."""
-    tools, cores = Path(__file__).parent, len(os.sched_getaffinity(0))
+    tools, cores = Path(__file__).parents[1] / "tools", len(os.sched_getaffinity(0))
     began = time.monotonic()
     run(str(tools / "make_shards.py"), "synthetic", "--out", str(out / "shards"), f"--train={CLIPS}", "--dev=16", "--test=16", "--size=256")
     figure("make_shards", (CLIPS + 32) / (time.monotonic() - began), "clips/s", cores=cores)

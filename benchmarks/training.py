@@ -1,6 +1,6 @@
 """What training costs besides the model's arithmetic, on this machine: one JSON object a line.
 
-    python tools/bench_train.py [FIGURE …]
+    python benchmarks/training.py [FIGURE …]
 
 Two ranks, the demo's stage-1 model. What is compared is measured in turns inside one process group, and the medians are
 divided, so that whatever else the machine does falls on both.
@@ -16,16 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from bench import chosen, figure, small_llm
+from figures import chosen, figure, small_llm
 
 from flallm import config as cfg
 from flallm import cost, engine
-from flallm.ablate import Study
 from flallm.corpora import synthetic
 from flallm.encode import Options
 from flallm.loader import Batch
@@ -157,33 +155,6 @@ def steps_of_runs(out: Path) -> None:
         figure("data_wait_share", statistics.mean(waits), "share", "of a step, demo recipe, mean of 2 ranks")
 
 
-def one_pass_vs_two_stages(out: Path) -> None:
-    """Computation of one pass against that of stage 1, of writing its features once, and of stage 2 from these, all steps of the demo's recipe."""
-    ranks, steps, clips = engine.join(), {}, synthetic.Dials().clips[0]
-    study = Study("demo", ["onepass"], 1, [], {"data.shards": str(out / "shards"), "llm.path": str(out / "demo-llm")}, out)
-    rows = study.tables["onepass"].rows
-    runs = {"one pass": rows["one pass"][0], "stage 1": rows["stage 1 then stage 2"][0].stage1}
-    runs["stage 2"] = rows["stage 1 then stage 2 from cached features"][0]
-    for name, run in runs.items():
-        config = study.config(run)
-        zero2, batch = start(config, ranks)
-        if run.features:
-            batch = replace(batch, frames=torch.randn(len(batch.frames), config.encoder.channels))
-        steps[name] = config.train.steps, lambda zero2=zero2, batch=batch: engine.train_step(zero2, [batch], ranks)
-        if name == "stage 1":
-            steps["features"] = clips // config.train.batch, lambda model=zero2.module, batch=batch: encode(model, batch)
-    seconds = in_turns({name: step for name, (_, step) in steps.items()}, 20)
-    if ranks.first:
-        whole = {name: seconds[name] * times for name, (times, _) in steps.items()}
-        detail = ", ".join(f"{name} {steps[name][0]} x {seconds[name] * 1000:.0f} ms" for name in steps) + "; medians of 20"
-        both = whole["stage 1"] + whole["features"] + whole["stage 2"]
-        figure("one_pass_vs_two_stages", whole["one pass"] / both, "ratio", detail)
-        late = study.config(rows["one pass with the LLM from a third of it on"][0]).train
-        waits = round(late.llm_start * late.steps)  # steps that compute what stage 1 does
-        ratio = (waits * seconds["stage 1"] + (late.steps - waits) * seconds["one pass"]) / both
-        figure("late_one_pass_vs_two_stages", ratio, "ratio", f"the same, of {late.steps} steps {waits} without the LLM")
-
-
 def cpu_share(out: Path) -> None:
     """Of the rate at which a core multiplies two matrices, what steps of stage 1 and of joint training on one core have: flallm plan's `CPU_SHARE`."""
     ranks = engine.join()
@@ -208,13 +179,6 @@ def cpu_share(out: Path) -> None:
             "share",
             f"{', '.join(details)} of a core's time; matrices {rate * 1000:.0f} GFLOP/s; medians of 13",
         )
-
-
-@torch.no_grad()
-def encode(model: Translator, batch: Batch) -> None:
-    model.eval()
-    model.features(batch)
-    model.train()
 
 
 def train_rss_growth(out: Path) -> None:
@@ -267,7 +231,6 @@ FIGURES = {
     "train_rss_growth": train_rss_growth,
     "start_seconds": start_seconds,
     "sync_share": ranked(sync_share),
-    "one_pass_vs_two_stages": ranked(one_pass_vs_two_stages),
     "cpu_share": lambda out: engine.launch(cpu_share, 1, out),  # in bf16 and fp32
 }
 

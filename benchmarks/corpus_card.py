@@ -1,7 +1,7 @@
 """What a text-to-text model gets on a corpus with glosses, a JSON object a line.
 
-    python tools/bench_card.py card SHARDS LLM    both bounds
-    python tools/bench_card.py dials LLM          the upper one, with each dial of make_shards.py --preset=bench turned back
+    python benchmarks/corpus_card.py card SHARDS LLM    both bounds
+    python benchmarks/corpus_card.py dials LLM          the upper one, with each dial of make_shards.py --preset=bench turned back
 
 glossed_bleu4 is an upper bound, from gold signs to text: what would be translated if every sign were seen. blind_bleu4 is a lower bound, from nothing to
 text: what a language model says that knows the sentences and sees no video. Both fine-tune the language model of stage 2 on train and score test.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import figure
+from figures import figure
 
 from flallm import cli, metrics
 from flallm.corpora import synthetic

@@ -1,6 +1,6 @@
 """What scoring, decoding and the page of a run cost: one JSON object a line, {"figure", "value", "unit", "detail"}.
 
-python tools/bench_eval.py DEMO [FIGURE …]          # DEMO: the folder that make demo wrote
+python benchmarks/evaluation.py DEMO [FIGURE …]          # DEMO: the folder that make demo wrote
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench import figure
+from figures import figure
 
 SENTENCES = 2500
 

@@ -1,7 +1,7 @@
 """The tables of docs/scale.md, and how well the work of a step is shared out where clips' costs scatter as measured.
 
-python tools/bench_scale.py tables            # markdown
-python tools/bench_scale.py efficiency        # one JSON object a line
+python benchmarks/scale.py tables            # markdown
+python benchmarks/scale.py efficiency        # one JSON object a line
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import torch
-from bench import figure
+from figures import figure
 
 from flallm import config as cfg
 from flallm import cost
@@ -24,7 +24,7 @@ RANKS = (8, 64, 512)
 CLIPS = {"stage1": 8, "stage2": 16}  # a GPU and step
 ROWS = [
     "data/steps", "data/balance", "data/padding", "memory/peak", "computation/time", "communication/gradients", "communication/weights", "communication/hidden",
-    "communication/exposed", "time/step", "time/run", "reading/decoding cores", "reading/bytes", "checkpoints/size", "checkpoints/holds up", "failures/best interval", "failures/lost at best",
+    "communication/exposed", "time/step", "time/run", "reading/decoding cores", "reading/bytes", "checkpoints/size", "checkpoints/holds up",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Sentences of isolated signs, for where these are all there is: `python tools/join_words.py VIDEOS --out DIR`, then `make_shards.py manifest DIR/clips.tsv`.
+"""Sentences of isolated signs, for where these are all there is: `python benchmarks/join_words.py VIDEOS --out DIR`, then `make_shards.py manifest DIR/clips.tsv`.
 
 VIDEOS has a video a word, named by it. A clip is some of these one after another, its text the words. That shows whether signs are seen, and little
 more: there is no grammar, nothing between signs, and a sign looks the same in training and in test.

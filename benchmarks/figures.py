@@ -1,4 +1,4 @@
-"""What the bench_*.py here have in common: each prints figures, a JSON object a line, by functions that are given an empty folder."""
+"""What the scripts here have in common: each prints figures, a JSON object a line, by functions that are given an empty folder."""
 
 from __future__ import annotations
 

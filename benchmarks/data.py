@@ -1,6 +1,6 @@
 """What the data plane costs, as ratios measured in one run: one JSON object a line, {"figure", "value", "unit", "detail"}.
 
-python tools/bench_data.py            all figures; or name some parts: balance, ten_million, speed, growth, sources
+python benchmarks/data.py            all figures; or name some parts: balance, ten_million, speed, growth, sources
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import av
 import cv2
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
-from bench import figure, main, peak_bytes
+from figures import figure, main, peak_bytes
 from PIL import Image
 
 from flallm import video

@@ -1,6 +1,6 @@
 """What stage 2 costs, on this machine: one JSON object a line.
 
-    python tools/bench_llm.py [FIGURE …]
+    python benchmarks/language_model.py [FIGURE …]
 
 What is compared is measured in turns inside one process, and the medians are divided.
 """
@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from bench import figure, main, peak_bytes, small_llm
+from figures import figure, main, peak_bytes, small_llm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, MBartConfig
 
 from flallm import config as cfg
