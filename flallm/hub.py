@@ -10,12 +10,14 @@ from flallm import UserError, first_line
 
 @cache
 def reachable() -> bool:
-    """Whether the hub answers one request. Libraries retry for 45 s and print every try."""
+    """Whether the hub answers one request. If not, this process is in huggingface_hub's offline mode from now on: it would else retry every
+    file for 45 s and print every try."""
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception:  # the type depends on the HTTP library of this version of huggingface_hub
+        constants.HF_HUB_OFFLINE = True  # transformers does not pass local_files_only on to every request
         return False
     return True
 
@@ -46,7 +48,7 @@ def cannot_load(what: str, path: str, error: Exception) -> UserError:
     from huggingface_hub import constants
 
     return UserError(
-        f"llm.path: {path} is no folder here, its {what} is not in the hub's cache {constants.HF_HUB_CACHE}, and "
+        f"llm.path: {path} is no folder here, its {what} cannot be found in the hub's cache {constants.HF_HUB_CACHE}, and "
         f"{constants.ENDPOINT} cannot be reached. Run `hf download {path}` on a machine with a network and the same HF_HOME, "
         f"or `flallm trim {path} --shards=DIR --out=DIR` there and set --llm.path=DIR"
     )
