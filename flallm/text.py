@@ -39,7 +39,7 @@ class Text:
     start: the tokens before a sentence. mBART starts from the code of its language, mBART-50 from </s> and that code, T5 from
     its padding; decoder-only models need no such token, theirs is what Light-T starts from in stage 1.
     before, after: the tokens of `llm.prompt` around the features.
-    rows: the tokens below this id have an embedding in the language model. Tokenizers may have more: LLaMA's with a [PAD] that was added to it alone.
+    rows: embeddings of the language model. A tokenizer may have more tokens, as LLaMA's with a [PAD] that was added to it alone.
     """
 
     def __init__(self, llm: LLM):
@@ -53,7 +53,7 @@ class Text:
             self.config = AutoConfig.from_pretrained(llm.path, **hub.options(llm.path))
         except (OSError, ValueError) as error:
             raise hub.cannot_load("config", llm.path, error) from None
-        self.rows = min(len(self.tokenizer), getattr(self.config.get_text_config(), "vocab_size", len(self.tokenizer)))
+        self.rows = getattr(self.config.get_text_config(), "vocab_size", len(self.tokenizer))
         self.end = self.tokenizer.eos_token_id
         if self.end is None:
             raise UserError(f"llm.path: the tokenizer of {llm.path} has no end-of-sentence token (eos_token)")
