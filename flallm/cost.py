@@ -123,7 +123,7 @@ class Words:
     start, before, after, pad, end = [0], [], [], 1, 2
 
     def __init__(self, size: int):
-        self.size = size
+        self.size = self.rows = size
 
     def __len__(self) -> int:
         return self.size

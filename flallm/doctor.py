@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from packaging.requirements import Requirement
 
-from flallm import UserError, decoder, engine, first_line
-from flallm.config import Config, Train
+from flallm import UserError, decoder, engine, first_line, hub
+from flallm.config import LLM, Config, Data, Train
 from flallm.loader import Clips
+from flallm.shards import Shards
+from flallm.text import Text
 
 OK, WARN, MISS = "OK", "WARN", "MISS"
 Row = tuple[str, str, str]  # (state, what, what is found and what to do)
 SAMPLES = 16  # of a split that are read and decoded
+TEXTS = 10_000  # of a split that are looked through for tokens without an embedding
 DISK_GIB = 20  # free below which a run of real size has no room for its checkpoints
 MIB = 256  # written to see how fast a disk is
 
@@ -159,14 +162,8 @@ def _shards(config: Config) -> Iterator[Row]:
 
 def _models(configs: list[Config]) -> Iterator[Row]:
     """Whether the pre-trained models that the stages name are there and are what they should be."""
-    from flallm.text import Text
-
-    for path in dict.fromkeys(config.llm.path for config in configs):
-        try:
-            text = Text(next(config.llm for config in configs if config.llm.path == path))
-            yield OK, "language model", f"{path}: {text.config.model_type}, vocabulary {len(text):,}"
-        except UserError as error:
-            yield MISS, "language model", str(error)
+    for llm in {(c.llm.path, c.llm.language, c.llm.prompt): c.llm for c in configs}.values():
+        yield _language_model(llm, configs[0].data)
     for path in dict.fromkeys(config.encoder.weights for config in configs if config.encoder.weights):
         there = Path(path).is_file()
         yield (
@@ -174,3 +171,37 @@ def _models(configs: list[Config]) -> Iterator[Row]:
             if there
             else (MISS, "encoder.weights", f"{path} does not exist: fetch it, or train from scratch with --encoder.weights=none")
         )
+
+
+def _language_model(llm: LLM, data: Data) -> Row:
+    from flallm.model.llm import load_shape
+
+    try:
+        text = Text(llm)
+        load_shape(llm)
+        if not llm.random:
+            hub.check_weights(llm.path)
+    except UserError as error:
+        return MISS, "language model", str(error)
+    about = f"{llm.path}: {text.config.model_type}, vocabulary {len(text):,}"
+    if not text.without_row:
+        return OK, "language model", about
+    about += f", {len(text.without_row)} without an embedding in the model, as {text.without_row[0]}"
+    cause = _text_without_row(text, data)
+    if cause:
+        return MISS, "language model", f"{about}: a clip is left out: {cause}. Resize the model's embeddings (resize_token_embeddings) and save it"
+    return WARN, "language model", f"{about}: padding takes another, and a clip whose text has one is left out"
+
+
+def _text_without_row(text: Text, data: Data) -> str:
+    """Why the first text with a token without an embedding is refused; nothing where no text that is read has one."""
+    for split in ("train", "dev", "test"):
+        try:
+            shards = Shards(data.shards, split, data.cache, data.cache_gib)
+        except (UserError, OSError, ImportError):  # the rows above say it
+            continue
+        for meta in shards.metas(range(min(TEXTS, len(shards)))):
+            ids = text.tokenizer(meta["text"], add_special_tokens=False)["input_ids"] if meta else []
+            if max(ids, default=0) >= text.rows:
+                return text.refusal(max(ids))
+    return ""

@@ -18,13 +18,14 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flallm import UserError, first_line, make_folder
+from flallm import UserError, make_folder
 from flallm.config import LLM
 from flallm.corpora import read_text
 from flallm.model.llm import load_llm
 from flallm.shards import Shards, splits_of
+from flallm.text import load_tokenizer
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id")
 
@@ -34,17 +35,18 @@ def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int 
     if out.exists():
         raise UserError(f"{out} exists already")
     model = load_llm(LLM(path=path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from None
+    tokenizer = load_tokenizer(path)
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is not one of the tokenizers library")
     counts = {split: _count(tokenizer, _texts(Shards(shards, split))) for split in ("train", *sorted({*splits_of(shards)} - {"train"}))}
     frequent = _count(tokenizer, read_text(text, "a sentence a line was expected there").splitlines()) if text else Counter()
+    before, parameters, used = model.get_input_embeddings().num_embeddings, model.num_parameters(), counts.pop("train")
+    if max(used, default=0) >= before:
+        token = tokenizer.convert_ids_to_tokens(max(used))
+        raise UserError(f"{shards}: the training text has the token {token!r} with the id {max(used)}, and {path} has {before} embeddings")
     make_folder(out.parent)
-    before, parameters = model.get_input_embeddings().num_embeddings, model.num_parameters()
-    kept, small = trim_tokenizer(tokenizer, {*counts.pop("train"), *(i for i, _ in frequent.most_common(most))})
+    small_ids, small = trim_tokenizer(tokenizer, {*used, *(i for i, _ in frequent.most_common(most) if i < before)})
+    kept = {old: new for old, new in small_ids.items() if old < before}  # a tokenizer may have a [PAD] that the model has no embedding for
     trim_model(model, kept)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -77,7 +79,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, used: set[int]) -> tuple[
     )
     always = {*tokenizer.all_special_ids, *(t["id"] for t in data["added_tokens"]), *(ids[piece] for piece in alphabet & ids.keys())}
     unknown = data["model"].get("unk_id", ids.get(data["model"].get("unk_token")))
-    kept = used | always | ({unknown} if unknown is not None else set())
+    kept = used | always | _named_ids(data["post_processor"]) | ({unknown} if unknown is not None else set())
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in data["model"].get("merges", [])]
     parts: dict[str, list[str]] = {}
     for a, b in merges:
@@ -101,9 +103,21 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, used: set[int]) -> tuple[
     for token in data["added_tokens"]:
         token["id"] = new[token["id"]]
     _renumber(data["post_processor"], new)
+    data["padding"] = None  # it has the id of the padding token as it was; whoever pads states it
     special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     extra = [token for token in tokenizer.all_special_tokens if token not in special.values()]
-    return new, PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **special, extra_special_tokens=extra)
+    small = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **special, extra_special_tokens=extra)
+    if small.get_vocab() != {token: new[i] for token, i in tokenizer.get_vocab().items() if i in new}:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot be trimmed: its tokens would not keep their order")
+    return new, small
+
+
+def _named_ids(processor: dict | None) -> set[int]:
+    """The ids of the tokens that a post-processor of a tokenizer.json puts around a text."""
+    processor = processor or {}
+    ids = {i for token in processor.get("special_tokens", {}).values() for i in token["ids"]}  # TemplateProcessing
+    ids |= {processor[end][1] for end in ("sep", "cls") if end in processor}  # BERT's and RoBERTa's
+    return ids.union(*map(_named_ids, processor.get("processors", [])))
 
 
 def _renumber(processor: dict | None, new: dict[int, int]) -> None:
@@ -119,6 +133,8 @@ def _renumber(processor: dict | None, new: dict[int, int]) -> None:
 
 def trim_model(model: torch.nn.Module, kept: dict[int, int]) -> None:
     """Leaves the model these tokens; `trimmed_from` in its config is how many there were."""
+    if hasattr(model.config, "vocab_size_per_layer_input"):
+        raise UserError(f"a {model.config.model_type} model has embeddings of its tokens in every layer and cannot be trimmed")
     rows, before = torch.tensor(list(kept)), model.get_input_embeddings().num_embeddings
     # Not by resize_token_embeddings, which ties what the config says is tied, as T5's always does.
     tables = {id(w): nn.Parameter(w.detach()[rows]) for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,20 +11,34 @@ import pytest
 import torch
 from models import KINDS, save
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    GenerationConfig,
+    GPT2Config,
+    MBartConfig,
+    MBartTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 
-from flallm import UserError
+from flallm import UserError, doctor
 from flallm import config as cfg
 from flallm.checkpoint import load_model, unique_tensors
 from flallm.corpora import synthetic
 from flallm.evaluate import reachable_score
 from flallm.loader import IGNORE, Clips
-from flallm.model.llm import load_llm, untie
+from flallm.model.llm import family, load_llm, untie
 from flallm.model.translator import Translator
 from flallm.pretrain import make_tokenizer, noise, pretrain
+from flallm.shards import Shards
 from flallm.text import Text
 from flallm.train import check_fits
+from flallm.trim import trim_tokenizer
 
 PROMPTS = {"mbart": "{video}", "mt5": "we {video}", "llama": "we saw {video} and"}
 
@@ -84,6 +99,12 @@ def test_words_are_put_together_from_tokens_and_chinese_ones_stand_alone(folders
     text = Text(cfg.LLM(path=str(tmp_path / "zh")))
     assert all("".join(word for word, _ in text.words(text.encode(s))) == s.replace(" ", "") for s in sentences)
     assert len(text.words(text.encode("今天下雨好。"))) == len(text.encode("今天下雨好。")) - 1 > 2
+    letters = Tokenizer(models.BPE())  # a token is a byte: a Chinese character has three
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters.train_from_iterator([], trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>").save_pretrained(tmp_path / "zh")
+    text = Text(cfg.LLM(path=str(tmp_path / "zh")))
+    assert text.words(text.encode("天 über")) == [("天", [0, 1, 2, 3]), ("über", [4, 5, 6, 7, 8])]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,11 +126,179 @@ def test_word_embeddings_in_the_place_of_features_give_the_models_own_outputs(bu
             torch.testing.assert_close(row[: len(answer)], theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_mbart_50_answers_after_its_end_token_and_the_languages_code(folders):
-    text = Text(cfg.LLM(path=str(folders["mbart"]), language="i"))
-    assert text.start == [text.tokenizer.convert_tokens_to_ids("i")]  # this one starts from <s>, as mBART does from the code
-    text.config.decoder_start_token_id = text.end
-    assert text._start(cfg.LLM(language="i")) == [text.end, text.tokenizer.convert_tokens_to_ids("i")]
+PIECES = ["▁", "▁a", "▁de", "▁en", "▁do", "▁not", "▁go", "▁.", "▁,"]
+
+
+def mbart(folder: Path, **config) -> MBartTokenizer:
+    """The tokenizer of mBART, of a few pieces and all its language codes, with a config."""
+    special = [(piece, 0.0) for piece in ("<s>", "<pad>", "</s>", "<unk>", *PIECES, *FAIRSEQ_LANGUAGE_CODES, "<mask>")]
+    tokenizer = MBartTokenizer(vocab=special)
+    tokenizer.save_pretrained(folder)
+    MBartConfig(vocab_size=len(tokenizer), **config).save_pretrained(folder)
+    return tokenizer
+
+
+def test_only_language_codes_are_languages(folders, tmp_path):
+    whole = mbart(tmp_path / "whole")
+    kept, trimmed = trim_tokenizer(whole, set(whole("a de en")["input_ids"]))
+    trimmed.save_pretrained(tmp_path / "trimmed")
+    MBartConfig(vocab_size=len(kept)).save_pretrained(tmp_path / "trimmed")
+    for name, tokenizer in (("whole", whole), ("trimmed", trimmed)):
+        text = Text(cfg.LLM(path=str(tmp_path / name), language="de_DE"))
+        assert text.start == [tokenizer.convert_tokens_to_ids("de_DE")] and text.decode([*text.start, *text.encode("a de")]) == "a de"
+        for piece in ("a", "de", "▁de", "en", "<mask>", "</s>", "xx_XX"):
+            with pytest.raises(UserError, match=f"llm.language: '{piece}' is no language code of .*, which has ar_AR, cs_CZ, de_DE, .*zh_CN$"):
+                Text(cfg.LLM(path=str(tmp_path / name), language=piece))
+        with pytest.raises(UserError, match="answers after the code of a language: name one of ar_AR"):
+            Text(cfg.LLM(path=str(tmp_path / name)))
+    for kind in KINDS:  # this mbart has none either
+        with pytest.raises(UserError, match=r"has no language codes, so 'i' is none: leave it out with --llm.language=none"):
+            Text(cfg.LLM(path=str(folders[kind]), language="i"))
+
+
+def test_mbart_50_answers_after_its_end_token_and_the_languages_code(tmp_path):
+    tokenizer = mbart(tmp_path, decoder_start_token_id=2)
+    assert Text(cfg.LLM(path=str(tmp_path), language="de_DE")).start == [2, tokenizer.convert_tokens_to_ids("de_DE")]
+    with pytest.raises(UserError, match="name one of ar_AR"):  # </s> alone is not what it started from
+        Text(cfg.LLM(path=str(tmp_path)))
+
+
+def test_a_tokenizers_clean_up_of_spaces_does_not_get_into_scores(tmp_path):
+    sentences = ["do not go .", "a de , do not go a en ."]
+    mbart(tmp_path / "mbart")
+    settings = json.loads((tmp_path / "mbart/tokenizer_config.json").read_text()) | {"clean_up_tokenization_spaces": True}
+    (tmp_path / "mbart/tokenizer_config.json").write_text(json.dumps(settings))
+    ids = {piece: i for i, piece in enumerate(["[UNK]", "[PAD]", "[SEP]", "do", "not", "go", ".", ",", "a", "de", "en"])}
+    words = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=True)
+    bert = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]", clean_up_tokenization_spaces=True)
+    bert.save_pretrained(tmp_path / "gpt2")  # Chinese GPT-2 has BERT's tokenizer
+    GPT2Config(vocab_size=len(bert)).save_pretrained(tmp_path / "gpt2")
+    for name, language in (("mbart", "en_XX"), ("gpt2", None)):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.decode(tokenizer(sentences[0], add_special_tokens=False)["input_ids"]) != sentences[0]  # or nothing is tested
+        text = Text(cfg.LLM(path=str(tmp_path / name), language=language))
+        assert [text.decode(text.encode(sentence)) for sentence in sentences] == sentences
+        assert reachable_bleu4(sentences, text, "raw") == pytest.approx(100)
+
+
+def test_a_folder_without_the_tokenizers_vocabulary_is_refused(tmp_path):
+    """transformers makes an empty tokenizer of it, to which every word is unknown."""
+    MBartConfig().save_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) < 40
+    with pytest.raises(UserError, match=r"lacks the file of its tokenizer's vocabulary, such as tokenizer\.json"):
+        Text(cfg.LLM(path=str(tmp_path), language="de_DE"))
+
+
+@pytest.fixture(scope="module")
+def padded(folders, tmp_path_factory) -> Path:
+    """LLaMA with a [PAD] in tokenizer and config, and a word in the tokenizer, that the model has no rows for."""
+    folder = shutil.copytree(folders["llama"], tmp_path_factory.mktemp("padded") / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["quokka"])
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": tokenizer.pad_token_id}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert config["vocab_size"] == tokenizer.pad_token_id == len(tokenizer) - 2
+    return folder
+
+
+def test_padding_without_an_embedding_changes_nothing(built, padded):
+    """The model and the text are the same: so are losses and answers."""
+    results = []
+    for path in ({}, {"llm.path": str(padded)}):
+        config, model = built("llama", **path)
+        batch = Clips("train", config.data, 0).batch(model.text, [(None, n) for n in range(6)])
+        assert (batch.labels == IGNORE).any()
+        with torch.no_grad():
+            results.append((model(batch)[0], model.translate(batch, config.decode)))
+    assert results[0][0] == results[1][0] and results[0][1] == results[1][1]
+
+
+def test_what_reads_words_reads_those_with_an_embedding(built, padded):
+    config, model = built("llama", **{"llm.path": str(padded), "llm.input": "words"})
+    model.words.weight.data.zero_(), model.words.bias.data.zero_()
+    batch = Clips("train", config.data, 0).batch(model.text, [(None, 0)])
+    with torch.no_grad():
+        read = model._read(model.features(batch), batch.lengths)["inputs_embeds"][0]
+    every_word_alike = model.language.get_input_embeddings().weight.mean(0)
+    features = read[len(model.text.before) : len(read) - len(model.text.after)]
+    torch.testing.assert_close(features, every_word_alike.expand_as(features), rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_without_an_embedding_is_refused_where_it_occurs(small, padded):
+    text = Text(cfg.LLM(path=str(padded)))
+    assert text.without_row == ["[PAD]", "quokka"]
+    for token, i in (("[PAD]", text.rows), ("quokka", text.rows + 1)):
+        message = rf"the token '{re.escape(token)}' has the id {i}, and the language model has {text.rows} embeddings"
+        with pytest.raises(ValueError, match=f"its text cannot be read: {message}"):
+            text.encode(f"we saw a {token}")
+        with pytest.raises(UserError, match=f"llm.prompt: {message}"):
+            Text(cfg.LLM(path=str(padded), prompt=f"{token} {{video}}"))
+    assert text.decode([*text.encode("we saw")[:-1], text.rows + 1]) == "we saw"
+
+
+def test_doctor_knows_tokens_without_an_embedding(small, padded, tmp_path):
+    config = small("stage2", {"llm.path": str(padded)})
+    [(state, _, finding)] = doctor._models([config])
+    assert state == "WARN" and "2 without an embedding in the model, as [PAD]: padding takes another" in finding
+    word = next(Shards(config.data.shards, "train").metas())["text"].split()[0]
+    folder = shutil.copytree(padded, tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([word])
+    tokenizer.save_pretrained(folder)
+    [(state, _, finding)] = doctor._models([small("stage2", {"llm.path": str(folder)})])
+    assert state == "MISS" and f"a clip is left out: the token {word!r} has the id {len(tokenizer) - 1}" in finding
+
+
+TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "gpt2": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "opt": {**TINY, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4},
+    "gpt_neox": TINY,
+    "mistral": TINY,
+    "qwen2": TINY,
+    "gemma2": {**TINY, "head_dim": 8},
+    "phi3": {**TINY, "pad_token_id": 1},
+    "qwen3_5_text": {**TINY, **HYBRID, "linear_key_head_dim": 8, "linear_value_head_dim": 8},  # most layers keep a state in place of attention
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_decoder_only_families_decode_and_show_attention_alone_as_in_a_batch(folders, kind, tmp_path):
+    CONFIG_MAPPING[kind](**{**FAMILIES[kind], "bos_token_id": 0, "eos_token_id": 2}).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = load_llm(cfg.LLM(path=str(tmp_path), random=True)).eval()
+    reader = family(model, Text(cfg.LLM(path=str(folders["llama"]))))
+    clips = torch.randn(2, 9, 32).split(1)
+    lengths, labels = (5, 9), torch.tensor([[7, 8, 9, 2], [7, 2, IGNORE, IGNORE]])
+    padded = torch.cat([nn.functional.pad(clip[:, :n], (0, 0, 9 - n, 0)) for clip, n in zip(clips, lengths)])
+    together = {"inputs_embeds": padded, "attention_mask": torch.tensor([[0] * 4 + [1] * 5, [1] * 9])}
+    options = GenerationConfig(num_beams=3, max_new_tokens=4, eos_token_id=2, pad_token_id=1)
+    with torch.no_grad():
+        both = reader.logits(together, labels), reader.attention(together, labels), reader.generate(together, options)
+        for i, (clip, n) in enumerate(zip(clips, lengths)):
+            alone = {"inputs_embeds": clip[:, :n], "attention_mask": torch.ones(1, n, dtype=torch.long)}
+            known = labels[i] != IGNORE
+            torch.testing.assert_close(both[0][i, known], reader.logits(alone, labels[i : i + 1])[0, known], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(both[1][i, known, 9 - n :], reader.attention(alone, labels[i : i + 1])[0, known], rtol=1e-3, atol=1e-4)
+            answer = reader.generate(alone, options)[0].tolist()
+            assert both[2][i, : len(answer)].tolist() == answer
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "openai-gpt", "ctrl", "xlnet", "bamba", "minimax", "gemma3", "whisper"])
+def test_families_without_attention_maps_or_beam_search_are_refused_by_name(small, folders, kind, tmp_path):
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    shutil.copy(folders["llama"] / "tokenizer.json", tmp_path), shutil.copy(folders["llama"] / "tokenizer_config.json", tmp_path)
+    message = f"{tmp_path} is a {kind} model; stage 2 takes mbart, t5, mt5 and decoder-only models with attention maps and beam search, such as llama"
+    with pytest.raises(UserError, match=message):
+        load_llm(cfg.LLM(path=str(tmp_path)))
+    [(state, _, finding)] = doctor._models([small("stage2", {"llm.path": str(tmp_path)})])
+    assert state == "MISS" and message in finding
 
 
 def test_what_a_tokenizer_cannot_say_bounds_the_score(folders):

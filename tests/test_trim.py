@@ -64,6 +64,47 @@ def test_text_of_kept_tokens_is_split_and_joined_as_before(make, tmp_path):
         assert again.decode(again("xyz 漢", add_special_tokens=False)["input_ids"]).strip() == "xyz 漢"
 
 
+def test_tokens_that_a_post_processor_puts_around_a_text_are_kept():
+    """Such as the first word of an instruction, which is no special token."""
+    first = unigram()
+    split = PreTrainedTokenizerFast(tokenizer_object=first)
+    used = set(split(GERMAN[0])["input_ids"])
+    piece = next(piece for piece, i in sorted(first.get_vocab().items()) if i not in used and piece not in SPECIAL)
+    i = first.token_to_id(piece)
+    for processor in (
+        processors.TemplateProcessing(single=f"<s> {piece} $A", special_tokens=[("<s>", 0), (piece, i)]),
+        processors.RobertaProcessing((piece, i), ("<s>", 0)),
+        processors.Sequence([processors.BertProcessing((piece, i), ("<s>", 0))]),
+    ):
+        first.post_processor = processor
+        whole = PreTrainedTokenizerFast(tokenizer_object=first, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+        kept, small = trim_tokenizer(whole, used)
+        ids = whole(GERMAN[0])["input_ids"]
+        assert i in ids and small(GERMAN[0])["input_ids"] == [kept[i] for i in ids]
+        assert piece in small.convert_ids_to_tokens(small(GERMAN[0])["input_ids"])
+
+
+def test_a_padding_token_that_the_model_has_no_embedding_for_stays_without_one(shards, tmp_path, flallm):
+    """As a LLaMA that a [PAD] was added to in its tokenizer alone."""
+    folder = save("llama", tmp_path / "whole")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    done = flallm("trim", folder, f"--shards={shards}", f"--out={tmp_path / 'small'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    small, again = AutoTokenizer.from_pretrained(tmp_path / "small"), AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    rows = again.get_input_embeddings().weight
+    assert len(small) - 1 == small.pad_token_id == len(rows) == again.config.vocab_size < model.config.vocab_size
+    for token in small.get_vocab().keys() - {"[PAD]"}:
+        assert torch.equal(rows[small.convert_tokens_to_ids(token)], model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)])
+    word = next(Shards(shards, "train").metas())["text"].split()[0]
+    tokenizer.add_tokens([word])
+    tokenizer.save_pretrained(folder)
+    done = flallm("trim", folder, f"--shards={shards}", f"--out={tmp_path / 'other'}", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
+    assert f"the training text has the token {word!r} with the id {len(tokenizer) - 1}, and {folder} has {model.config.vocab_size} embeddings" in done.stderr
+
+
 @pytest.mark.parametrize("kind", ["mbart", "mt5", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_of_kept_tokens_are_the_same(kind, tied, tmp_path):

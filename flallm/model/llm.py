@@ -11,16 +11,25 @@ The adapter's output takes the place of word embeddings, between those of the pr
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from flallm import UserError, first_line
+from flallm import UserError, first_line, hub
 from flallm.config import LLM
 from flallm.loader import IGNORE
 from flallm.text import Text
@@ -31,6 +40,12 @@ logging.disable_progress_bar()  # it would draw a bar a rank, for weights that a
 ATTENTION = {"cuda": "sdpa", "cpu": "eager"}
 HERE = ATTENTION["cuda" if torch.cuda.is_available() else "cpu"]
 DROPOUT = {"mbart": "dropout", "t5": "dropout_rate", "mt5": "dropout_rate"}  # the encoder-decoders that are known
+
+# What the forward pass of a decoder-only model takes: features in the place of words, padding on the left, logits of the answer alone.
+FORWARD = {"inputs_embeds", "attention_mask", "position_ids", "logits_to_keep"}
+ALIBI = {"bloom", "mpt"}  # they have no position_ids, and count positions by the attention mask
+# MiniMax's lightning attention gives no maps, and DeepSeek-V4 chooses experts by token ids, which features do not have.
+NOT_TAKEN = {"minimax", "deepseek_v4"}
 
 
 class EncoderDecoder:
@@ -96,23 +111,19 @@ def embedding_scale(model: PreTrainedModel) -> float:
 
 def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
     """The model of `llm.path` with what of it trains; without `weights` only its shape, for weights that a checkpoint holds."""
+    shape = load_shape(config)
+    auto = AutoModelForSeq2SeqLM if shape.model_type in DROPOUT else AutoModelForCausalLM
+    arguments = {"attn_implementation": HERE, "dtype": torch.float32}
+    source = hub.options(config.path)
     try:
-        shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
-        kind = shape.model_type
-        if kind in DROPOUT:
-            shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False, **{DROPOUT[kind]: config.dropout, "attention_dropout": 0.0})
-        elif shape.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            raise UserError(f"llm.path: {config.path} is a {kind} model; stage 2 takes {', '.join(DROPOUT)} and decoder-only models such as llama")
-        auto = AutoModelForSeq2SeqLM if kind in DROPOUT else AutoModelForCausalLM
-        options = {"attn_implementation": HERE, "dtype": torch.float32, "trust_remote_code": False}
         if weights and not config.random:
-            model = auto.from_pretrained(config.path, config=shape, **options)
+            model = auto.from_pretrained(config.path, config=shape, **arguments, **source)
         else:
-            model = auto.from_config(shape, **options)
-            if not PretrainedConfig.get_config_dict(config.path)[0].get("tie_word_embeddings", True) and shape.tie_word_embeddings:
+            model = auto.from_config(shape, **arguments, trust_remote_code=False)
+            if not PretrainedConfig.get_config_dict(config.path, **source)[0].get("tie_word_embeddings", True) and shape.tie_word_embeddings:
                 untie(model, "lm_head.weight")  # mT5 and T5 1.1: transformers ties what their published weights do not
     except (OSError, ValueError) as error:
-        raise UserError(f"llm.path: no model can be loaded from {config.path}: {first_line(error)}") from None
+        raise hub.cannot_load("model", config.path, error) from None
     model.generation_config = GenerationConfig()  # else sampling and penalties of an instruction-tuned model would get into beam search
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -122,6 +133,39 @@ def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
         for words in (model.get_input_embeddings(), model.get_output_embeddings()):
             words.requires_grad_(config.train_embeddings)
     return model
+
+
+def load_shape(config: LLM) -> PretrainedConfig:
+    """The config of the model of `llm.path`. Raises UserError where stage 2 does not take its family."""
+    source = hub.options(config.path)
+    try:
+        shape = AutoConfig.from_pretrained(config.path, **source)
+        if shape.model_type in DROPOUT:
+            dropout = {DROPOUT[shape.model_type]: config.dropout, "attention_dropout": 0.0}
+            shape = AutoConfig.from_pretrained(config.path, **source, **dropout)
+    except (OSError, ValueError) as error:
+        raise hub.cannot_load("model", config.path, error) from None
+    if not _is_taken(shape):
+        families = f"{', '.join(DROPOUT)} and decoder-only models with attention maps and beam search"
+        raise UserError(f"llm.path: {config.path} is a {shape.model_type} model; stage 2 takes {families}, such as llama: see docs/llm.md")
+    words = shape.get_text_config()
+    if words.pad_token_id is not None and not 0 <= words.pad_token_id < words.vocab_size:
+        words.pad_token_id = None  # of a token that was added to the tokenizer alone; PyTorch makes no embedding table with it
+    return shape
+
+
+def _is_taken(shape: PretrainedConfig) -> bool:
+    """Whether stage 2 can train, decode and show attention with this family. State-space models such as Mamba and RWKV have no positions to skip
+    padding and no attention maps; GPT-1, XLNet and others have no beam search from embeddings."""
+    kind = shape.model_type
+    if kind in DROPOUT:
+        return True
+    if shape.is_encoder_decoder or type(shape) not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *NOT_TAKEN}:
+        return False
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
+    needed = FORWARD - {"position_ids"} if kind in ALIBI else FORWARD
+    beam_search = inspect.signature(model.prepare_inputs_for_generation).parameters
+    return needed <= {*inspect.signature(model.forward).parameters} and "inputs_embeds" in beam_search
 
 
 def untie(module: nn.Module, name: str) -> None:

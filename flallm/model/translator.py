@@ -66,8 +66,9 @@ class Translator(nn.Module):
         embed = self.language.get_input_embeddings()
         embeddings = self.adapter(features) * self.scale  # (F, D)
         if self.input == "words":  # which word a frame shows is not certain: the mean of all, as likely as each is
-            every = embed(torch.arange(self.words.out_features, device=features.device))  # (V, D)
-            embeddings = embeddings + self.words(features).softmax(-1).to(every.dtype) @ every
+            seen = self.words(features)[:, : self.text.rows]  # a token without an embedding is in no text
+            every = embed(torch.arange(seen.shape[1], device=features.device))  # (V, D)
+            embeddings = embeddings + seen.softmax(-1).to(every.dtype) @ every
         before, after = (embed(torch.tensor(ids, dtype=torch.long, device=features.device)) for ids in self.prompt)
         clips = [torch.cat([before, clip, after]) for clip in embeddings.split(lengths.tolist())]
         padded = nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_side=self.family.side)
