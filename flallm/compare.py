@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sacrebleu.metrics import CHRF
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import PairedTest, Result
 
 from flallm import UserError, config, metrics, results
 
@@ -46,20 +46,31 @@ def _predictions(run: Path, split: str) -> tuple[list[str], list[str], list[resu
 def _scores(said_a: list[str], said_b: list[str], references: list[str], convention: str) -> list[str]:
     """sacreBLEU's paired tests, of the leading score first. A p is how often chance alone would part the runs at least as far."""
     leading = metrics.leading(references, convention)
-    names, tests = list(dict.fromkeys((leading, *TESTED))), []
-    for kind in ("bs", "ar"):
-        parts = {name: metrics.metric(convention, name) for name in names}
-        _, scores = PairedTest([("A", said_a), ("B", said_b)], parts, [references], kind)()
-        del scores["System"]
-        tests.append(list(scores.values()))
+    tested = _paired_tests(said_a, said_b, references, convention, TESTED)
+    if leading not in tested:
+        tested = _paired_tests(said_a, said_b, references, convention, (leading,)) | tested
     rows = [f"\n{'':9}{'A':>8}{'B':>8}{'B - A':>9}   p: paired bootstrap   p: approximate randomization"]
     if note := metrics.leading_note(leading):
         rows.insert(0, f"\n{note}")
-    for name, (one, other), (_, randomized) in zip(names, *tests):
+    for name, (one, other, randomized) in tested.items():
         # Of equal scores sacreBLEU's p is the smallest there is, which would look like a finding.
         p = ("-", "-") if one.score == other.score else (f"{other.p_value:.4f}", f"{randomized.p_value:.4f}")
         rows.append(f"{metrics.LABELS[name]:9}{one.score:8.2f}{other.score:8.2f}{other.score - one.score:+9.2f}   {p[0]:>19}   {p[1]:>28}")
     return rows
+
+
+def _paired_tests(
+    said_a: list[str], said_b: list[str], references: list[str], convention: str, names: tuple[str, ...]
+) -> dict[str, tuple[Result, Result, Result]]:
+    """For each score A's, B's with the p of the bootstrap, and B's with that of randomization. At most
+    one of the names is a BLEU: sacreBLEU calls all of them BLEU and would mix them up."""
+    found = []
+    for kind in ("bs", "ar"):
+        parts = {name: metrics.metric(convention, name) for name in names}
+        _, scores = PairedTest([("A", said_a), ("B", said_b)], parts, [references], kind)()
+        del scores["System"]
+        found.append(list(scores.values()))
+    return {name: (a, b, randomized) for name, (a, b), (_, randomized) in zip(names, *found, strict=True)}
 
 
 def _configs(a: dict[str, object], b: dict[str, object]) -> list[str]:

@@ -452,6 +452,23 @@ def test_rows_that_were_scored_on_other_sentences_are_not_compared(tmp_path):
         only(study).result()
 
 
+def test_tables_of_isolated_signs_are_led_by_the_score_that_they_have(tmp_path):
+    references = [f"sign{n % 11}" for n in range(44)]  # the second half of the list is the first
+    study = Study("demo", ["4"], 1, [], {}, tmp_path)
+    finished(study, "factorised", references, references)
+    finished(study, "joint", [r if n % 2 else "sign0" for n, r in enumerate(references)], references)
+    text = only(study).write()
+    assert "B1 [95 %] | B1 against factorised | B1, swapped videos |" in text and "BLEU-1 leads in place of BLEU-4" in text
+    result = only(study).result()
+    joint = result["rows"]["joint"]
+    low, high = joint["bleu1"]["ci95"]
+    assert result["leading"] == "bleu1" and 0 < low < joint["bleu1"]["mean"] < high < 100
+    assert joint["against_choice"]["bleu1"] < -10 and joint["against_choice"]["p"] < 0.01
+    # Scores of an older version have swapped_bleu4 alone.
+    assert result["rows"]["factorised"]["swapped_bleu1"]["mean"] == result["rows"]["factorised"]["swapped_bleu4"]["mean"] == 0
+    assert only(study).stem.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_dominance_is_of_the_language_model_over_the_encoder():
     curves = [{"grad_norm/llm": g, "grad_norm/encoder": 1.0, "param_norm/llm": 1.0, "param_norm/encoder": 4.0} for g in (3.0, 0.5, 2.0)]
     found = ablate.dominance(curves)

@@ -146,6 +146,19 @@ def test_compare_shows_scores_with_tests_the_configs_and_the_sentences(runs, tmp
         assert p == f"{theirs['BLEU'][1].p_value:.4f}"
 
 
+def test_runs_on_isolated_signs_are_compared_by_the_score_that_they_have(tmp_path):
+    references = [f"sign{n % 13}" for n in range(60)]
+    said_a = [r if n % 2 else "sign0" for n, r in enumerate(references)]
+    said_b = [r if n % 6 else "" for n, r in enumerate(references)]
+    a, b = (run(tmp_path / name, said, references, "convention: raw\n") for name, said in (("a", said_a), ("b", said_b)))
+    said = compare(a, b, "test")
+    assert "BLEU-1 leads in place of BLEU-4: fewer than half of the references have 2 words" in said
+    words = {line.split()[0]: line.split() for line in said.splitlines() if line.endswith(tuple("0123456789-")) and len(line.split()) == 6}
+    assert list(words) == ["BLEU-1", "BLEU-4", "ROUGE-L", "chrF", "WER"]
+    assert float(words["BLEU-1"][2]) > float(words["BLEU-1"][1]) + 10 and all(float(p) < 0.05 for p in words["BLEU-1"][-2:])
+    assert words["BLEU-4"][1:3] == ["0.00", "0.00"] and words["BLEU-4"][-2:] == ["-", "-"]
+
+
 def test_a_run_beside_itself_is_no_finding(runs):
     said = compare(runs[0], runs[0], "test")
     assert [line.split()[-2:] for line in said.splitlines() if line.startswith(("BLEU-4", "ROUGE-L", "chrF", "WER"))] == [["-", "-"]] * 4

@@ -179,7 +179,7 @@ def test_a_tokenizers_clean_up_of_spaces_does_not_get_into_scores(tmp_path):
         assert tokenizer.decode(tokenizer(sentences[0], add_special_tokens=False)["input_ids"]) != sentences[0]  # or nothing is tested
         text = Text(cfg.LLM(path=str(tmp_path / name), language=language))
         assert [text.decode(text.encode(sentence)) for sentence in sentences] == sentences
-        assert reachable_bleu4(sentences, text, "raw") == pytest.approx(100)
+        assert reachable_score(sentences, text, "raw", "bleu4") == pytest.approx(100)
 
 
 def test_a_folder_without_the_tokenizers_vocabulary_is_refused(tmp_path):

@@ -152,6 +152,37 @@ def test_what_a_convention_passes_over():
     assert value("bleu4", shouted, quiet, "13a") < 5 and value("rouge_l", shouted, quiet, "13a") < 50
 
 
+def test_the_leading_score_is_the_longest_that_half_of_the_references_have_an_n_gram_for():
+    for references, convention, name in [
+        (["a b c d", "a"], "raw", "bleu4"),  # half are enough
+        (["a b c d", "a b c", "a"], "raw", "bleu3"),
+        (["a b", "a", "a b c d", ""], "raw", "bleu2"),
+        (["hello", "good morning", "see you later"], "raw", "bleu2"),
+        (["hello"] * 99 + ["good morning to you all"], "raw", "bleu1"),
+        (["", " "], "raw", "bleu1"),
+        (["see you later ."], "raw", "bleu4"),
+        (["see you later."], "raw", "bleu3"),
+        (["see you later."], "13a", "bleu4"),  # whose tokens split the full stop off
+        (["明天下雨"], "csl-daily", "bleu4"),  # whose tokens are characters
+        (["明天下雨"], "zh", "bleu4"),
+        (["明天下雨"], "raw", "bleu1"),
+    ]:
+        assert metrics.leading(references, convention) == name, (references, convention)
+        assert metrics.scores(references, references, [convention])[convention]["leading"] == name
+    assert metrics.leading_note("bleu4") == "" and "fewer than half of the references have 2 words" in metrics.leading_note("bleu1")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.text("abé我.", min_size=1, max_size=3), min_size=1, max_size=6), min_size=1, max_size=8), st.randoms())
+def test_a_perfect_model_has_the_top_of_the_leading_score_whatever_the_lengths(sentences, random):
+    texts = [" ".join(words) for words in sentences]
+    for convention in metrics.CONVENTIONS:
+        name = metrics.leading(texts, convention)
+        assert value(name, texts, texts, convention) == pytest.approx(100)
+        assert value(name, [""] * len(texts), texts, convention) == 0
+        assert metrics.leading(random.sample(texts, len(texts)), convention) == name
+
+
 def test_empty_hypotheses_have_defined_scores():
     for convention, scores in metrics.scores(["", "  "], ["a b c d e", "f"]).items():
         assert all(scores[name] == {"value": 0, "ci95": [0, 0]} for name in ("bleu1", "bleu4", "rouge_l", "rouge_l_slrt", "chrf")), convention

@@ -12,11 +12,11 @@ from playwright.sync_api import sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flallm import config as cfg
-from flallm import engine, plots, report
+from flallm import engine, metrics, plots, report
 from flallm import probe as probes
 from flallm.corpora import synthetic
 from flallm.encode import Options
-from flallm.evaluate import Prediction, evaluate
+from flallm.evaluate import Prediction, evaluate, swapped
 from flallm.loader import Batch
 from flallm.probe import probe
 from flallm.shards import Shards, make_shards
@@ -95,6 +95,41 @@ def test_probes_tell_a_run_that_sees_from_one_that_cannot(runs):
     assert swapped[0] < 50 < swapped[1]["bleu4"]["value"]
 
 
+def judged(references: list[str], hypotheses: list[str]) -> dict:
+    """The verdict on a model that says one word, the most frequent one, where it sees nothing."""
+    blind = [max(references, key=references.count)] * len(references)
+    right = [Prediction(f"{n:03}", r, h) for n, (r, h) in enumerate(zip(references, hypotheses))]
+    other = swapped(hypotheses, references)
+    return probes._judge({"the right one": hypotheses, "another clip's": other, "noise": blind, "the mean feature": blind}, right, "raw")
+
+
+@pytest.mark.parametrize(
+    "references",
+    [
+        ["yes", "no"] * 20,
+        [f"sign{n % 20}" for n in range(40)],  # of two signers, the list of the one after that of the other
+        ["good morning", "thank you", "see you later", "no"] * 10,
+        ["how are you", "no"] * 5 + ["where do you live now"],
+        [f"today it rains in the {place} of the country" for place in ("north", "south", "east")] * 4,
+    ],
+    ids=["two signs", "two signers", "up to three words", "mixed", "sentences"],
+)
+def test_a_perfect_model_is_said_to_look_and_a_blind_one_is_not_whatever_the_lengths(references):
+    perfect = judged(references, references)
+    leading = perfect["leading"]
+    assert perfect["videos"]["the right one"][leading]["value"] == pytest.approx(100)
+    assert "hardly looks" not in perfect["verdict"] and metrics.LABELS[leading] in perfect["verdict"]
+    blind = judged(references, [max(references, key=references.count)] * len(references))
+    assert "hardly looks" in blind["verdict"]
+    assert all(a != b for a, b in zip(swapped(references, references), references))
+
+
+def test_clips_are_swapped_with_those_half_a_split_further():
+    references = [f"sentence {n}" for n in range(5)] + ["sentence 0"] + [f"sentence {n}" for n in range(6, 11)]
+    assert swapped(list("abcdefghijk"), references) == list("fghijkabcde")  # one of eleven has the same sentence: under a tenth
+    assert swapped(["a"], ["a"]) == ["a"] and swapped(["x", "y", "z"], ["a"] * 3) == ["y", "z", "x"]
+
+
 def test_videos_are_spoilt_clip_by_clip_in_the_way_that_is_said():
     frames, lengths = torch.arange(8 * 2 * 2 * 3, dtype=torch.uint8).reshape(8, 2, 2, 3), torch.tensor([5, 3])
     video = Batch(frames, lengths, torch.zeros(2, 1), ["a", "b"], ["", ""], [])
@@ -118,6 +153,21 @@ def test_a_split_is_scored_in_parts_by_signer_and_length(shards):
     train = [meta | {"signer": dev.meta(0)["signer"]} for meta in probes.training_clips(str(shards))]
     those = [meta["signer"] for meta in dev.metas()].count(dev.meta(0)["signer"])
     assert probes._parts(right, "raw", dev, train)["groups"]["signer is in training"]["num_samples"] == those
+
+
+def test_parts_of_short_sentences_have_the_leading_score_where_they_have_its_n_grams(shards):
+    dev = Shards(shards, "dev")
+    texts = ["good morning", "yes", "thank you", "no", "see you", "hello", "good night", "welcome"]
+    right = [Prediction(meta["key"], text, text) for meta, text in zip(dev.metas(), texts, strict=True)]
+    found = probes._judge({name: texts for name in ("the right one", *probes.BLIND)}, right, "raw")
+    found |= probes._parts(right, "raw", dev, [{"key": "a", "text": "good morning"}, {"key": "b", "text": "see you"}])
+    assert {name: part["bleu2"] and part["bleu2"]["value"] for name, part in found["groups"].items() if "words" in name} == {
+        "up to 1 words": None,
+        "2 to 2 words": pytest.approx(100),
+    }
+    assert found["overlap"]["reference"] == {"4-grams": 0.0, "2-grams": 2 / 4, "sentences": 2 / 8}
+    table = probes.table(found)
+    assert "BLEU-2 [95 %]" in table and "50% of the hypotheses' 2-grams" in table and "BLEU-2 leads in place of BLEU-4" in table
 
 
 def test_what_the_page_works_out_itself():

@@ -1,6 +1,7 @@
 """Training by real ranks. Starting a process group is what costs, so one group of two runs many scenarios, one of one the rest."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from flallm.encode import Options
 from flallm.loader import Clips
 from flallm.model.translator import Translator
 from flallm.plan import make_plan
+from flallm.report import report
 from flallm.shards import Shards, make_shards
 from flallm.text import Text
 from flallm.train import train
 
 PLAIN_SGD = {"train.optimizer": "sgd", "train.momentum": 0, "train.lr_encoder": 0.1, "train.lr_adapter": 0.1, "train.lr_language": 0.1}
 STEPS = ("step1", "step4", "joint1", "bf16", "zero3")
+WORDS_STEPS = 100
 GLOBAL = {"encoder.global_batch_norm": True, "train.batch": 12}
 
 
@@ -97,6 +100,17 @@ def two_ranks(configs: dict, out: Path) -> None:
     evaluate.evaluate(out / "stage2", "test", ranks)
 
 
+def as_an_older_version_left_it(run: Path, old: Path) -> None:
+    """A copy of a run before its last checkpoint, with BLEU-4 alone."""
+    shutil.copytree(run, old, ignore=shutil.ignore_patterns("scores", "predictions"))
+    shutil.rmtree(old / "checkpoints" / f"step-{WORDS_STEPS}")
+    for path in (old / "checkpoints").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        for values, name in ((manifest, "sha256"), (manifest, "dev_bleu1"), (manifest["state"], "leading")):
+            values.pop(name)
+        path.write_text(json.dumps(manifest | {"sha256": checkpoint._digest(manifest)}))
+
+
 def one_rank(configs: dict, out: Path) -> None:
     ranks = engine.join()
     with_the_optimizer_of_the_recipe(configs["stage1"], torch.optim.AdamW, {"betas": (0.9, 0.98), "weight_decay": 0.02}, ranks)
@@ -104,6 +118,11 @@ def one_rank(configs: dict, out: Path) -> None:
     train(configs["stage1"], out / "alone", ranks)
     train(configs["overfit"], out / "overfit", ranks)
     evaluate.evaluate(out / "overfit", "dev", ranks)
+    train(configs["words"], out / "words", ranks)
+    evaluate.evaluate(out / "words", "dev", ranks)
+    as_an_older_version_left_it(out / "words", out / "older")
+    (out / "older-best.txt").write_text(checkpoint.best(out / "older").name)
+    train(configs["words"], out / "older", ranks)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +132,9 @@ def runs(shards, llm, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     clips = list(synthetic.clips(train=8, dev=0, test=0, size=36))
     make_shards([*clips, *(replace(c, split="dev") for c in clips)], out / "eight", Options(), {"name": "eight"})
+    # What is learnt of these words does not hold on dev, where the score falls once the model tells clips apart.
+    signs = [replace(c, text=word) for c, word in zip(clips, ["maria", "shop", "letters", "school", *["maria"] * 4], strict=True)]
+    make_shards([*signs, *(replace(c, split="dev", text="maria") for c in signs[:4])], out / "signs", Options(), {"name": "signs"})
 
     def make(stage, shards=shards, **overrides):
         return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **overrides})
@@ -138,6 +160,7 @@ def runs(shards, llm, tmp_path_factory):
         "stage1": make("stage1", **short),
         "stage2": make("stage2", **short),
         "overfit": make("stage1", out / "eight", **overfit, **{"train.dev_every": 160}),
+        "words": make("stage1", out / "signs", **overfit | {"train.steps": WORDS_STEPS, "train.dev_every": 20, "checkpoint.last": 2}),
     }
     engine.launch(two_ranks, 2, configs, out)
     engine.launch(one_rank, 1, configs, out)
@@ -237,6 +260,39 @@ def test_a_split_that_is_not_there_leaves_nothing_behind(runs, flallm, tmp_path)
 def test_eight_clips_are_learnt_by_heart(runs):
     _, out = runs
     assert json.loads((out / "overfit/scores/dev.json").read_text())["raw"]["bleu4"]["value"] == pytest.approx(100)
+
+
+def test_of_isolated_signs_the_best_checkpoint_is_that_of_the_best_bleu_1(runs):
+    _, out = runs
+    looks = [row for row in lines(out / "words/metrics.jsonl") if "dev_bleu1" in row]
+    scores = {row["step"]: row["dev_bleu1"] for row in looks}
+    assert len(scores) == 5 and {row["dev_bleu4"] for row in looks} == {0} and all("dev_bleu1_swapped" in row for row in looks)
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert scores[best] > scores[WORDS_STEPS] and checkpoint.best(out / "words").name == f"step-{best}"
+    assert {path.name for path in (out / "words/checkpoints").iterdir()} == {f"step-{n}" for n in (best, WORDS_STEPS - 20, WORDS_STEPS)}
+    manifest = json.loads((checkpoint.best(out / "words") / "manifest.json").read_text())
+    assert (manifest["dev_bleu4"], manifest["dev_bleu1"], manifest["state"]["leading"]) == (0, scores[best], "bleu1")
+    ordinary = json.loads((checkpoint.best(out / "alone") / "manifest.json").read_text())
+    assert ordinary["state"]["leading"] == "bleu4" and [name for name in ordinary if name.startswith("dev_")] == ["dev_bleu4"]
+
+
+def test_of_isolated_signs_scores_and_page_are_led_by_bleu_1(runs):
+    _, out = runs
+    scores = json.loads((out / "words/scores/dev.json").read_text())
+    assert scores["leading"] == scores["raw"]["leading"] == "bleu1" and scores["csl-daily"]["leading"] == "bleu4"  # of whose characters there are enough
+    assert scores["reachable_bleu4"] == scores["swapped_bleu4"] == 0 and scores["reachable_bleu1"] == pytest.approx(100)
+    page = report(out / "words", "dev", 2).read_text()
+    assert "BLEU-1 leads in place of BLEU-4" in page and "BLEU-1, swapped videos" in page and "most the tokenizer can say" not in page
+    assert "BLEU-1 on dev" in page
+
+
+def test_a_run_begun_by_an_older_version_goes_on_and_its_best_is_by_the_leading_score(runs):
+    _, out = runs
+    assert (out / "older-best.txt").read_text() == f"step-{WORDS_STEPS - 20}"  # all have the same BLEU-4: the last one
+    manifest = json.loads((checkpoint.best(out / "older") / "manifest.json").read_text())
+    assert (manifest["step"], manifest["state"]["leading"]) == (WORDS_STEPS, "bleu1")
+    losses = [[row["loss"] for row in lines(out / run / "metrics.jsonl") if "loss" in row] for run in ("words", "older")]
+    assert losses[0] == losses[1]
 
 
 def test_a_video_file_is_translated(runs, tmp_path):
