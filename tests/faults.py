@@ -411,7 +411,7 @@ def torchrun_restarts(lab: Lab, nodes: int = 1) -> str:
     log = folder.with_suffix(".log")
     with open(log, "w") as file:
         launchers = [subprocess.Popen(command, stdout=file, stderr=file) for _ in range(nodes)]
-    while 3 not in losses(folder) and all(launcher.poll() is None for launcher in launchers):
+    while not steps(folder) and all(launcher.poll() is None for launcher in launchers):
         time.sleep(0.01)
     workers = [child for launcher in launchers for child in children(launcher.pid)]
     killed = [w for w in workers if b"\0RANK=1\0" in Path(f"/proc/{w}/environ").read_bytes()]
