@@ -21,7 +21,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from figures import figure, main, peak_bytes
 from PIL import Image
 
-from flallm import video
+from flallm import usable_cpus, video
 from flallm.config import Data
 from flallm.corpora import Clip, synthetic
 from flallm.cost import CORPORA
@@ -130,7 +130,7 @@ def speed(folder: Path) -> None:
         "two_workers",
         median([(r[2], r[0]) for r in runs]),
         "ratio",
-        f"{two:.1f} clips/s with 2 workers, {one:.1f} with 1, on {os.cpu_count()} cores that the trainer's process shares",
+        f"{two:.1f} clips/s with 2 workers, {one:.1f} with 1, on {usable_cpus()} cores that the trainer's process shares",
     )
     psnr = 10 * np.log10(255**2 / np.mean(corpus.squared_error))
     size = sum(corpus.clips.shards.shard_bytes)

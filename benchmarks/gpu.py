@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from flallm import config as cfg
-from flallm import cost, engine, first_line
+from flallm import cost, engine, first_line, usable_cpus
 from flallm.corpora import synthetic
 from flallm.loader import Batch
 from flallm.model.translator import Translator
@@ -157,7 +157,7 @@ def run(*arguments: str) -> str:
 
 def pipeline(out: Path) -> None:
     """Clips/s of the commands with the recipe's model, reading and decoding included."""
-    tools, cores = Path(__file__).parents[1] / "tools", len(os.sched_getaffinity(0))
+    tools, cores = Path(__file__).parents[1] / "tools", usable_cpus()
     began = time.monotonic()
     run(str(tools / "make_shards.py"), "synthetic", "--out", str(out / "shards"), f"--train={CLIPS}", "--dev=16", "--test=16", "--size=256")
     figure("make_shards", (CLIPS + 32) / (time.monotonic() - began), "clips/s", cores=cores)

@@ -5,7 +5,6 @@ more: there is no grammar, nothing between signs, and a sign looks the same in t
 """
 
 import csv
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from flallm import UserError, cli, make_folder, visible_files
+from flallm import UserError, cli, make_folder, usable_cpus, visible_files
 from flallm.corpora import Clip, VideoFile
 from flallm.corpora.synthetic import split_of
 from flallm.encode import Options, encode_all
@@ -82,7 +81,7 @@ def join(
         said = [(split, one) for split in ("train", "dev", "test") for one in sentences(words, split, numbers[split], numbers["longest"], numbers["seed"])]
         clips = (Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one))) for i, (split, one) in enumerate(said))
         rows = [("video", "text", "split")]
-        for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, Options(short_side=numbers["short_side"]), os.cpu_count()))):
+        for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, Options(short_side=numbers["short_side"]), usable_cpus()))):
             if isinstance(done, str):
                 raise UserError(f"{' + '.join(one)}: {done}")
             path = Path(out) / split / f"{i:06d}.mp4"

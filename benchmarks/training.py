@@ -23,7 +23,7 @@ import torch.distributed as dist
 from figures import chosen, figure, small_llm
 
 from flallm import config as cfg
-from flallm import cost, engine
+from flallm import cost, engine, usable_cpus
 from flallm.corpora import synthetic
 from flallm.encode import Options
 from flallm.loader import Batch
@@ -170,7 +170,7 @@ def cpu_share(out: Path) -> None:
                 began = time.process_time()
                 engine.train_step(zero2, [batch], ranks)
                 seconds.append(time.process_time() - began)
-            rate = cost.device("cpu", len(os.sched_getaffinity(0)), config.train).tflops
+            rate = cost.device("cpu", usable_cpus(), config.train).tflops
             shares.append(operations / statistics.median(seconds) / rate / 1e12)
             details.append(f"{stage} {operations / 1e9:.1f} GFLOP in {statistics.median(seconds) * 1000:.0f} ms")
         figure(

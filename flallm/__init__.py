@@ -1,5 +1,6 @@
 """flallm: gloss-free sign language translation after FLa-LLM (Chen et al. 2024, arXiv 2403.12556)."""
 
+import math
 import os
 import sys
 import tempfile
@@ -48,6 +49,58 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:  # such as of a full disk
         os.unlink(file.name)
         raise
+
+
+def usable_cpus(processes: int = 1) -> int:
+    """How many cores this process may use, or each of `processes` that share them: at least 1.
+
+    A job of 16 cores on a node of 128 may use 16. Slurm and containers limit them by affinity, by a
+    quota of CPU time, or only by SLURM_CPUS_PER_TASK.
+    """
+    limit = min(len(os.sched_getaffinity(0)), cpu_quota()) // processes
+    asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if asked.isdecimal():
+        limit = min(limit, int(asked))
+    return max(1, int(limit))
+
+
+def cpu_quota(
+    cgroups: Path = Path("/proc/self/cgroup"),
+    mount: Path = Path("/sys/fs/cgroup"),
+) -> float:
+    """How many cores' time the cgroups of this process grant, version 1 or 2; inf: all of it."""
+    try:
+        lines = cgroups.read_text().splitlines()
+    except OSError:
+        return math.inf
+    quota = math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2, alone or beside version 1
+            hierarchies = [mount, mount / "unified"]
+        elif "cpu" in controllers.split(","):
+            hierarchies = [mount / "cpu"]
+        else:
+            continue
+        for hierarchy in hierarchies:
+            folder = hierarchy / path.lstrip("/")
+            # The limits of the groups above hold, too. In a container `path` may be the host's.
+            for group in (folder, *folder.parents):
+                quota = min(quota, _quota_of(group))
+    return quota
+
+
+def _quota_of(group: Path) -> float:
+    """The quota of one cgroup; inf where it sets none."""
+    try:
+        if (group / "cpu.max").is_file():
+            time, period = (group / "cpu.max").read_text().split()
+        else:
+            time = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return int(time) / int(period) if int(time) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
+        return math.inf
 
 
 def progress(total: int, unit: str, description: str, shown: bool = True):

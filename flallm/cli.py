@@ -15,7 +15,7 @@ from pathlib import Path
 import fire
 from fire.decorators import SetParseFn
 
-from flallm import UserError, config
+from flallm import UserError, config, usable_cpus
 
 
 class Job:
@@ -482,6 +482,7 @@ def _mistake(name: str, error: object) -> int:
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))  # PyTorch looks at no quota
     try:
         code = run(COMMANDS, "flallm")
         sys.stdout.flush()

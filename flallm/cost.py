@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flallm import UserError, engine
+from flallm import UserError, engine, usable_cpus
 from flallm.config import Config, Train
 from flallm.loader import Batch, Clips
 from flallm.model.llm import ATTENTION
@@ -297,7 +297,7 @@ def device(name: str, world_size: int, train: Train) -> Device:
         if name not in DEVICES:
             raise UserError(f"--gpu: {name!r} is none of {', '.join(DEVICES)}, cpu")
         return DEVICES[name]
-    gib, cores = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, len(os.sched_getaffinity(0))
+    gib, cores = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, usable_cpus()
     precision = "bf16" if engine.computes_in_bf16(train, "cpu") else "fp32"
     return Device(
         "CPU", _core(precision) * (cores // world_size or cores / world_size), gib / world_size, kind="cpu", context=0.8, reached=CPU_SHARE[precision]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from packaging.requirements import Requirement
 
-from flallm import UserError, decoder, engine, first_line, hub
+from flallm import UserError, decoder, engine, first_line, hub, usable_cpus
 from flallm.config import LLM, Config, Data, Train
 from flallm.loader import Clips
 from flallm.shards import Shards
@@ -72,7 +72,7 @@ def _devices() -> Iterator[Row]:
         properties = torch.cuda.get_device_properties(i)
         said, bf16 = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB", properties.major >= 8
         yield (OK, f"GPU {i}", said) if bf16 else (WARN, f"GPU {i}", f"{said}, no bf16: set train.precision=fp32")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cpus()
     fit = torch.cuda.is_available() or engine.computes_in_bf16(Train(), "cpu")
     yield OK, "CPU cores", str(cores) + ", without instructions for bf16: recipes compute in fp32" * (not fit)
 
@@ -151,7 +151,7 @@ def _shards(config: Config) -> Iterator[Row]:
             else (OK, f"data: {split}", found)
         )
         if split == "train":
-            cores, workers = len(os.sched_getaffinity(0)), config.data.workers * max(1, torch.cuda.device_count())
+            cores, workers = usable_cpus(), config.data.workers * max(1, torch.cuda.device_count())
             rate = frames / max(seconds, 1e-9)
             said = (
                 f"{rate:.0f} used frames/s a core; data.workers={config.data.workers} give a rank {rate * config.data.workers / clips.used.mean():.0f} clips/s"

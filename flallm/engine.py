@@ -7,12 +7,14 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,12 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from flallm import UserError
+from flallm import UserError, first_line, usable_cpus
 from flallm.config import Train
 from flallm.loader import Batch
 from flallm.model.translator import Translator
@@ -37,6 +40,16 @@ OURS = {
 }  # fmt: skip
 if not torch.cuda.is_available():  # before anything imports DeepSpeed, which would warn of it
     os.environ["DS_ACCELERATOR"] = "cpu"
+# What tells a process which rank it is and where rank 0 is; of it, what Slurm says of a task.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+}
+# Numbers of processes: launchers of MPI set no RANK, and each process would be a group of its own.
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+START = "start the ranks with torchrun, deepspeed, srun or slurm/*.sh"
 AGAIN = 75  # exit code of a run that was asked to stop and has saved all: start it again (EX_TEMPFAIL)
 
 
@@ -71,21 +84,9 @@ def join(timeout: float = 600) -> Ranks:
     timeout: seconds without an answer from the others after which a rank gives up.
     """
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # one task alone may be a shell of `srun --pty`
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
-        if "MASTER_ADDR" not in env:
-            env.update(_slurm_rendezvous())
-    if "RANK" not in env:
-        # Port 0: the one that is free once it is opened. One asked for beforehand can be gone by then.
-        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
-    if missing:
-        raise UserError(f"RANK is set but {', '.join(missing)} is not: start the ranks with torchrun, deepspeed or slurm/*.sh")
-    if not torch.cuda.is_available():
-        # Ranks of one machine share its cores; what a launcher does not say is taken from the size of the group.
-        here = int(env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or env["WORLD_SIZE"])
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
-    else:
+    _complete_environment()
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    if torch.cuda.is_available():
         env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # clips differ in length, and so do the blocks of every step
         # A run that goes on is to differ from one never stopped as little as kernels allow; this costs no time (docs/gpu.md).
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -97,13 +98,204 @@ def join(timeout: float = 600) -> Ranks:
     if hasattr(deepspeed.ops, "__compatible_ops__"):  # else every start on a CPU compiles it (79 s), and a killed build locks the next
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Slurm may show a task nothing but its own GPU (--gpus-per-task), which then has the number 0.
-    device = torch.device("cuda", int(env["LOCAL_RANK"]) % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # With --gpus-per-task Slurm shows a task its own GPU alone, which then has the number 0.
+        device = torch.device("cuda", int(env["LOCAL_RANK"]) % torch.cuda.device_count())
+        env["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
-    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), device)
+        _join_group(rank, world_size, device, timedelta(seconds=timeout))
+    deepspeed.init_distributed(dist.get_backend(), verbose=False)  # takes the group that is there
+    ranks = Ranks(rank, world_size, device)
+    if device.type == "cpu":
+        _share_cores(ranks)
+    return ranks
+
+
+def _complete_environment() -> None:
+    """Sets what torchrun would set, `LAUNCHED`, whoever started this process. Raises UserError."""
+    env = os.environ
+    tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in env and tasks != "1":  # one task alone may be a shell of `srun --pty`
+        _read_slurm()
+    if "RANK" not in env:
+        for name in SIZES:
+            if env.get(name, "1") != "1":
+                hint = f"{START}, or set {', '.join(LAUNCHED)}"
+                raise UserError(f"{name} is {env[name]} but RANK is not set: {hint}")
+        # Port 0 is one that is free when it is opened. One asked for earlier can be taken by then.
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_WORLD_SIZE="1")
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    if missing := [name for name in LAUNCHED if name not in env]:
+        raise UserError(f"RANK is set but {', '.join(missing)} is not: {START}")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not env[name].isdecimal():
+            raise UserError(f"{name}: {env[name]!r} is not a whole number: {START}")
+    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        raise UserError(f"RANK: {env['RANK']} is not below WORLD_SIZE {env['WORLD_SIZE']}: {START}")
+    if int(env["MASTER_PORT"]) > 65535:
+        raise UserError(f"MASTER_PORT: {env['MASTER_PORT']} is over 65535: set it to a free port")
+
+
+def _read_slurm() -> None:
+    """Sets `LAUNCHED` for a task of a Slurm step; an address or port that is set stays."""
+    env = os.environ
+    for name, source in SLURM.items():
+        if source not in env:
+            raise UserError(f"this task of a Slurm step has no {source}: set {name}, or {START}")
+        env[name] = env[source]
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _slurm_address()
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = _slurm_port()
+
+
+def _slurm_address() -> str:
+    """The address of the first node of this Slurm step, where rank 0 is. Raises UserError."""
+    env = os.environ
+    if address := _slurm_node_address(env.get("SLURM_STEP_NODELIST", "")):
+        return address
+    # As in a container. It is where srun was called: in a batch script that is the first node.
+    launched_from = env.get("SLURM_LAUNCH_NODE_IPADDR")
+    if not launched_from:
+        lacks = "this Slurm step has neither scontrol nor SLURM_LAUNCH_NODE_IPADDR"
+        raise UserError(f"{lacks}: set MASTER_ADDR to the address of its first node")
+    if env["RANK"] == "0" and not _is_of_this_machine(launched_from):
+        first = platform.node()
+        elsewhere = f"srun was called on {launched_from}, but rank 0 is on {first}"
+        raise UserError(f"{elsewhere}: set MASTER_ADDR to the address of {first}")
+    return launched_from
+
+
+def _slurm_node_address(nodes: str) -> str | None:
+    """The address of the first of these nodes as Slurm itself calls it, which names need not be.
+    None where scontrol is not there or does not answer."""
+    try:
+        names = _scontrol("hostnames", nodes).split()
+        return re.search(r"NodeAddr=(\S+)", _scontrol("node", names[0]))[1]
+    except (OSError, subprocess.SubprocessError, IndexError, TypeError):
+        return None
+
+
+def _scontrol(*words: str) -> str:
+    command = ["scontrol", "show", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def _is_of_this_machine(address: str) -> bool:
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as s:
+            s.bind(place)
+        return True
+    except OSError:
+        return False
+
+
+def _slurm_port() -> str:
+    """A port that two steps do not share, below those that the kernel gives to connections."""
+    numbers = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+    if not all(number.isdecimal() for number in numbers):
+        lacks = "this Slurm step has no SLURM_JOB_ID and SLURM_STEP_ID"
+        raise UserError(f"{lacks}: set MASTER_PORT to a free port")
+    job, step = map(int, numbers)
+    return str(20000 + (job + 7919 * step) % 12000)
+
+
+def _join_group(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
+    """Joins torch's process group. Raises UserError, or SystemExit after a line, if it cannot."""
+    store = _open_store(rank, timeout)
+    try:
+        if _launcher_has_the_store():
+            store = _store_of_this_start(store, rank, world_size, timeout)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" and world_size > 1 else None,
+        )
+    except RuntimeError as error:
+        gloo = "gloo" in str(error)
+        if not gloo and not isinstance(error, (dist.DistStoreError, dist.DistNetworkError)):
+            raise
+        hint = "; GLOO_SOCKET_IFNAME names the network interface that machines share" if gloo else ""
+        _give_up(f"rank {rank} of {world_size} cannot join the others: {first_line(error)}{hint}")
+
+
+def _open_store(rank: int, timeout: timedelta) -> dist.TCPStore:
+    """Where ranks find each other: rank 0 opens it at MASTER_ADDR:MASTER_PORT, or torchrun has."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        unknown = f"MASTER_ADDR: {platform.node()} does not know {host!r} ({error.strerror})"
+        raise UserError(f"{unknown}: set it to the address of rank 0's machine") from None
+    opens = rank == 0 and not _launcher_has_the_store()
+    try:
+        return dist.TCPStore(host, port, is_master=opens, timeout=timeout, multi_tenant=True)
+    except dist.DistNetworkError as error:
+        if "failed to listen" in str(error):
+            why = first_line(error).rpartition("message: ")[2]
+            refused = f"MASTER_PORT: rank 0 cannot open port {port} on {platform.node()} ({why})"
+            raise UserError(f"{refused}: set it to a free port, the same for all ranks") from None
+        _give_up(
+            f"rank {rank} does not reach rank 0 at {host}, port {port}, "
+            f"within {timeout.total_seconds():g} s: rank 0 has not started, "
+            "or MASTER_ADDR and MASTER_PORT are wrong"
+        )
+
+
+def _give_up(message: str) -> NoReturn:
+    """No UserError: another try may do, on other nodes."""
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def _launcher_has_the_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store_of_this_start(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    timeout: timedelta,
+) -> dist.Store:
+    """The part of torchrun's store that only the ranks of this start know.
+
+    `torchrun --max-restarts` keeps its store, and in it the addresses of ranks that are dead.
+    TORCHELASTIC_RESTART_COUNT does not tell one start from another: each node counts its own. So
+    rank 0 draws a name for this start. Each other rank asks for it under a name that it has drawn,
+    which no rank of an earlier start has.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"flallm/asks/{rank}", own)
+        start = store.get(f"flallm/start of/{own}").decode()
+        store.set(f"flallm/{start}/{rank}", "knows")
+        return dist.PrefixStore(f"flallm/{start}", store)
+    end = time.monotonic() + timeout.total_seconds()
+    while missing := [r for r in range(1, world_size) if not store.check([f"flallm/{own}/{r}"])]:
+        for other in missing:
+            if store.check([f"flallm/asks/{other}"]):  # of this start or of an earlier one
+                asks = store.get(f"flallm/asks/{other}").decode()
+                store.set(f"flallm/start of/{asks}", own)
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"no word from rank {', '.join(map(str, missing))}")
+        time.sleep(0.05)
+    return dist.PrefixStore(f"flallm/{own}", store)
+
+
+def _share_cores(ranks: Ranks) -> None:
+    """Ranks that may run on the same cores share them, whatever launcher has started them."""
+    machine, cores = platform.node(), os.sched_getaffinity(0)
+    sharing = 0
+    for other_machine, other_cores in ranks.gather((machine, cores)):
+        sharing += machine == other_machine and not cores.isdisjoint(other_cores)
+    torch.set_num_threads(usable_cpus(sharing))
 
 
 def leave() -> None:
@@ -154,22 +346,18 @@ def rendezvous() -> dict[str, str]:
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
 
 
-def _slurm_rendezvous() -> dict[str, str]:
-    """The address for the tasks of a Slurm step: its first node as Slurm itself calls it, which names need not, and a port that two steps do not share."""
-    job, step, nodes = (os.environ[f"SLURM_{name}"] for name in ("JOB_ID", "STEP_ID", "STEP_NODELIST"))
-    first = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True).stdout.split()[0]
-    node = subprocess.run(["scontrol", "show", "node", first], check=True, capture_output=True, text=True).stdout
-    return {"MASTER_ADDR": re.search(r"NodeAddr=(\S+)", node)[1], "MASTER_PORT": str(20000 + (int(job) + 7919 * int(step)) % 20000)}
-
-
 def launch(function: Callable, world_size: int, *args) -> None:
     """Runs `function(*args)` on `world_size` ranks of this machine; the first to fail ends all."""
+    if torch.cuda.is_available() and world_size > torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise UserError(f"{world_size} ranks need a GPU each, and this machine has {have}")
     where = rendezvous()
     torch.multiprocessing.spawn(_run_rank, (function, world_size, where, args), world_size)
 
 
 def _run_rank(rank: int, function: Callable, world_size: int, where: dict[str, str], args: tuple) -> None:
     os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # should this be below a torchrun
     try:
         function(*args)
     finally:

@@ -26,7 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flallm import UserError, make_folder, progress, write_whole
+from flallm import UserError, make_folder, progress, usable_cpus, write_whole
 from flallm.corpora import Clip, LeftOut
 from flallm.corpora.rows import checked, no_clip_left
 from flallm.encode import Options, encode_all
@@ -69,7 +69,7 @@ def make_shards(
     missing = [(path, members) for path, members in mine if not path.exists()]
     with progress(sum(len(members) for _, members in mine), "clip", "shards") as bar:
         bar.update(bar.total - sum(len(members) for _, members in missing))
-        encoded = encode_all((clip for _, members in missing for clip in members), options, processes or os.cpu_count())
+        encoded = encode_all((clip for _, members in missing for clip in members), options, processes or usable_cpus())
         for path, members in missing:
             write_tar(path, _samples(members, encoded, bar), "mp4")
     return {} if part != (0, 1) else join(out, [(path, members[0].split) for path, members in shards], {**made_from, "left_out": left_out})

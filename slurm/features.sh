@@ -15,7 +15,10 @@
 #
 # Everything after the script goes to `flallm features`.
 set -euo pipefail
-# This script's own path: what runs is a copy. An array's tasks answer all, with the same.
-slurm=$(scontrol show job "$SLURM_JOB_ID" | awk '$1 ~ /^Command=/ && !seen++ { sub("Command=", "", $1); print $1 }')
-. "${slurm%/*}/run.sh"
+# The path of this script, of which Slurm runs a copy. Slurm tells it with the arguments after it, and
+# a path may hold blanks, too. All tasks of an array answer, with the same path.
+script=$(scontrol show job "$SLURM_JOB_ID" | awk '!seen && sub(/^ *Command=/, "") { print; seen = 1 }')
+while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done
+slurm=${script%/*}
+. "$slurm/run.sh"
 flallm_on_all_ranks features "$@"

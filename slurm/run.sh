@@ -3,12 +3,13 @@
 # Your cluster's modules, if Python or CUDA come from there:
 # module load …
 
-PATH="${slurm%/*}/../.venv/bin:$PATH"
+PATH="$slurm/../.venv/bin:$PATH"
 
 # flallm_on_all_ranks COMMAND ARGUMENTS…: runs it on every task of the job, and puts the job back in the queue if it is to go on.
 flallm_on_all_ranks() {
     local code=0 ranks=${SLURM_GPUS_ON_NODE:-1}
-    srun --ntasks-per-node="$ranks" --ntasks=$((SLURM_NNODES * ranks)) --cpus-per-task=$((SLURM_CPUS_PER_TASK / ranks)) \
+    local cpus=$((${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE} / ranks))
+    srun --ntasks-per-node="$ranks" --ntasks=$((SLURM_NNODES * ranks)) --cpus-per-task=$((cpus > 0 ? cpus : 1)) \
         --kill-on-bad-exit=1 flallm "$@" || code=$?
     case $code in
         0 | 2) ;;                    # done, or a mistake that another try would repeat

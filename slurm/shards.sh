@@ -15,7 +15,10 @@
 #
 # Everything after the script goes to tools/make_shards.py, which makes the part of this task of the array.
 set -euo pipefail
-# This script's own path: what runs is a copy. An array's tasks answer all, with the same.
-slurm=$(scontrol show job "$SLURM_JOB_ID" | awk '$1 ~ /^Command=/ && !seen++ { sub("Command=", "", $1); print $1 }')
-. "${slurm%/*}/run.sh"
-python "${slurm%/*}/../tools/make_shards.py" "$@" --part="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+# The path of this script, of which Slurm runs a copy. Slurm tells it with the arguments after it, and
+# a path may hold blanks, too. All tasks of an array answer, with the same path.
+script=$(scontrol show job "$SLURM_JOB_ID" | awk '!seen && sub(/^ *Command=/, "") { print; seen = 1 }')
+while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done
+slurm=${script%/*}
+. "$slurm/run.sh"
+python "$slurm/../tools/make_shards.py" "$@" --part="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"

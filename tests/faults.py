@@ -394,6 +394,35 @@ def two_runs_in_one_folder(lab: Lab) -> str:
     return "the second is refused, the first ends as if alone"
 
 
+def torchrun_restarts(lab: Lab, nodes: int = 1) -> str:
+    """SIGKILL to rank 1 under a real torchrun, or two that share a rendezvous as on two nodes."""
+    name = f"torchrun-{nodes}"
+    folder, config = lab.new(name), {"train__steps": 16, "train__dev_every": 16}
+    settings = lab.settings | {"light_t.dropout": 0.1, "train.steps": 16, "train.dev_every": 16}
+    options = [f"--{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in settings.items()]
+    port = engine.rendezvous()["MASTER_PORT"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1"]
+    if nodes == 1:
+        command += ["--nproc_per_node=2", f"--master_port={port}"]
+    else:
+        command += [f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+        command += [f"--rdzv_endpoint=127.0.0.1:{port}"]
+    command += ["-m", "flallm", "stage1", "demo", f"--run_dir={folder}", *options]
+    log = folder.with_suffix(".log")
+    with open(log, "w") as file:
+        launchers = [subprocess.Popen(command, stdout=file, stderr=file) for _ in range(nodes)]
+    while not steps(folder) and all(launcher.poll() is None for launcher in launchers):
+        time.sleep(0.01)
+    workers = [child for launcher in launchers for child in children(launcher.pid)]
+    killed = [w for w in workers if b"\0RANK=1\0" in Path(f"/proc/{w}/environ").read_bytes()]
+    os.kill(killed[0], signal.SIGKILL)
+    codes = [launcher.wait(timeout=180) for launcher in launchers]
+    assert codes == [0] * nodes, log.read_text()
+    assert "going on from the checkpoint of step" in log.read_text(), log.read_text()
+    same(lab.unbroken(**config), folder)
+    return f"rank 1 of 2 killed on {nodes} node{'s' if nodes > 1 else ''}, bit-equal in the end"
+
+
 class Skip(Exception):
     pass
 
@@ -414,6 +443,8 @@ SCENARIOS: dict[str, Callable[[Lab], str]] = {
     "SIGUSR1 to one rank": lambda lab: one_rank_signalled(lab, signal.SIGUSR1),
     "other world sizes": other_world_sizes,
     "two runs in one folder": two_runs_in_one_folder,
+    "torchrun restarts": torchrun_restarts,
+    "torchrun restarts, two nodes": lambda lab: torchrun_restarts(lab, nodes=2),
 }
 
 

@@ -31,7 +31,7 @@ from every_frame import every_frame
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from flallm import UserError, decoder, video
+from flallm import UserError, decoder, usable_cpus, video
 from flallm.corpora import BROKEN, Clip, LeftOut, VideoFile, csl_daily, how2sign, labels, manifest, phoenix14t, synthetic
 from flallm.encode import Options, _encode_or_cause, encode
 from flallm.shards import COLUMNS, Shards, checksum, make_shards
@@ -474,7 +474,7 @@ def run(kind: str, good: str, seed: int, number: int) -> Counter | str:
             return traceback.format_exc()
 
 
-def fuzz(count: int, seed: int, good: Path, processes: int = os.cpu_count()) -> tuple[dict[str, Counter], list[str]]:
+def fuzz(count: int, seed: int, good: Path, processes: int = usable_cpus()) -> tuple[dict[str, Counter], list[str]]:
     """({kind: how many ended how}, failures)"""
     outcomes, failures, names = defaultdict(Counter), [], list(KINDS)
     with Workers(processes, "flallm.decoder") as workers:

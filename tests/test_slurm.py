@@ -1,6 +1,7 @@
 """The project's own scripts on a real Slurm of two nodes, started here. Needs Debian's packages: see CONTRIBUTING.md."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from conftest import SMALL
 
-from slurm import Cluster, missing, wait_for
+from slurm import PATH, Cluster, missing, wait_for
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed ({', '.join(missing())} missing): see CONTRIBUTING.md")
@@ -96,18 +97,22 @@ def test_a_job_whose_node_dies_goes_on_with_the_node_that_is_left(cluster, recip
     assert first >= 5 and {s: after[s] for s in range(1, first + 1)} == {s: unbroken[s] for s in range(1, first + 1)}
 
 
-def test_shards_both_stages_and_scores_in_a_chain_of_jobs(cluster, recipe, tmp_path):
+def test_shards_both_stages_and_scores_in_a_chain_of_jobs_from_a_path_with_a_blank(cluster, recipe, tmp_path):
+    (tmp_path / "my repo").symlink_to(ROOT)
+    (tmp_path / "run.sh").write_text("exit 9\n")  # what a path cut at its blank would lead to
+    out = tmp_path / "my runs"
     options = {"SHARDS_OPTIONS": "--array=0-1 --cpus-per-task=1", "TRAINING_OPTIONS": " ".join(ONE_CPU)}
     arguments = ("synthetic", "--train=24", "--dev=8", "--test=7", "--size=36")
-    done = subprocess.run([ROOT / "slurm/chain.sh", recipe, tmp_path / "out", *arguments], env=cluster.env | options, capture_output=True, text=True)
+    done = subprocess.run([tmp_path / "my repo/slurm/chain.sh", recipe, out, *arguments], env=cluster.env | options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = done.stderr.split()[-1]
     job = cluster.wait_for_job(last)
-    assert job["JobState"] == "COMPLETED", [p.read_text() for p in (tmp_path / "out").glob("*.log")]
-    assert json.loads((tmp_path / "out/stage2/scores/test.json").read_text())["raw"]["num_samples"] == 7
-    # By hand on two tasks, without a script that says where they meet.
-    cluster.ask("srun", "--ntasks=2", "flallm", "evaluate", str(tmp_path / "out/stage2"), "--split=dev")
-    assert json.loads((tmp_path / "out/stage2/scores/dev.json").read_text())["raw"]["num_samples"] == 8
+    assert job["JobState"] == "COMPLETED", [p.read_text() for p in out.glob("*.log")]
+    assert json.loads((out / "stage2/scores/test.json").read_text())["raw"]["num_samples"] == 7
+    # By hand on two tasks that have no scontrol to say where they meet, as in a container.
+    srun = ("env", f"PATH={Path(sys.executable).parent}", shutil.which("srun", path=PATH))
+    cluster.ask(*srun, "--ntasks=2", "flallm", "evaluate", str(out / "stage2"), "--split=dev")
+    assert json.loads((out / "stage2/scores/dev.json").read_text())["raw"]["num_samples"] == 8
 
 
 def test_tables_that_share_their_runs_as_arrays_of_jobs(cluster, recipe, tmp_path):

@@ -1,12 +1,11 @@
 """Makes the WebDataset shards that flallm trains on: `python tools/make_shards.py CORPUS … --out DIR`."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from flallm import UserError, cli, config
+from flallm import UserError, cli, config, usable_cpus
 from flallm.corpora import Clip, LeftOut
 from flallm.encode import Options
 from flallm.shards import make_shards
@@ -18,7 +17,7 @@ ENCODING = """
         --crf=22           x264's quality, lower is better
         --gop=96           frames between keyframes
         --per_shard=500    clips a shard
-        --processes=N      encoders at a time; one a core where it is not given
+        --processes=N      encoders at a time; one for each core that it may use where it is not given
         --part=i/n         only every n-th shard from the i-th on (from 0), so that many nodes can share the work;
                            at the end the same command without --part joins the indexes
 """
@@ -153,7 +152,7 @@ def verify(folder: str, *, split: str | None = None, processes: str | None = Non
     Args:
         folder: the folder of finished shards
         split: only this one; all where it is not given
-        processes: readers at a time; one a core where it is not given
+        processes: readers at a time; one for each core that it may use where it is not given
     """
 
     def work() -> int:
@@ -161,7 +160,7 @@ def verify(folder: str, *, split: str | None = None, processes: str | None = Non
         from flallm.verify import verify
 
         problems = 0
-        for line in verify(folder, [split] if split else splits_of(folder), cli.whole("processes", processes, 1) if processes else os.cpu_count()):
+        for line in verify(folder, [split] if split else splits_of(folder), cli.whole("processes", processes, 1) if processes else usable_cpus()):
             print(line)
             problems += 1
         print(f"{problems} problems" if problems else "all samples are as the index says")
