@@ -24,6 +24,7 @@ from flallm import UserError, metrics, results, write_whole
 from flallm import config as cfg
 from flallm.config import Config
 from flallm.metrics import RESAMPLES
+from flallm.store import absolute
 
 TABLES = Path(__file__).parent / "tables.yaml"
 SPLIT = "test"
@@ -179,8 +180,8 @@ class Study:
             path, mine = self.folder(run) / "config.yaml", self.config(run)
             if run.stage != "features" and path.is_file():
                 theirs = cfg.flat(cfg.from_dict(Config, cfg.read_yaml(path), str(path)))
-                if run.features:
-                    theirs["data.shards"] = mine.data.shards
+                mine.data.shards = absolute(mine.data.shards)  # as a run records it
+                theirs["data.shards"] = mine.data.shards if run.features else absolute(theirs["data.shards"])
                 check_same(theirs, mine, self.folder(run), "--out", tuple({*FREE} - {*ALIKE}))
 
     def check(self, runs: list[Run]) -> None:

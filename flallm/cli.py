@@ -90,26 +90,27 @@ def _training(stage: str, recipe: str, run_dir: str | None, overrides: dict[str,
     return Job(work)
 
 
-def evaluate(run: str, *, split: str = "test") -> Job:
+def evaluate(run: str, *, split: str = "test", shards: str = "") -> Job:
     """Decodes a split with a run's best checkpoint, and writes predictions/<split>.jsonl and scores/<split>.json.
 
     Args:
         run: the folder of a run
         split: train, dev or test
+        shards: where the run's shards lie now, if not where its config.yaml says
     """
 
     def work() -> None:
         from flallm.evaluate import evaluate
 
-        with _ranks() as ranks:
-            scores = evaluate(Path(run), split, ranks)
+        with _ranks() as ranks, _shards_option(shards):
+            scores = evaluate(Path(run), split, ranks, shards)
             if ranks.first:
                 print(json.dumps(scores, indent=1))
 
     return Job(work)
 
 
-def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> Job:
+def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0", shards: str = "") -> Job:
     """Writes the sign-wise features of a run's encoder as shards: stage 2 takes them by --data.shards in place of video, and so does what is done with its run.
 
     Args:
@@ -117,6 +118,7 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
         out: the folder to write into
         dtype: bf16, fp16 or fp32
         copies: how many augmented copies of each training clip; 0: training sees the clips as they are
+        shards: where the run's shards lie now, if not where its config.yaml says
     """
     if dtype not in ("bf16", "fp16", "fp32"):
         raise UserError(f"--dtype: {dtype!r} is none of bf16, fp16, fp32")
@@ -125,8 +127,8 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
     def work() -> None:
         from flallm.features import TIMEOUT, features
 
-        with _ranks(TIMEOUT) as ranks:
-            features(Path(run), Path(out), ranks, dtype, number)
+        with _ranks(TIMEOUT) as ranks, _shards_option(shards):
+            features(Path(run), Path(out), ranks, dtype, number, shards)
 
     return Job(work)
 
@@ -192,7 +194,7 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
     return Job(work)
 
 
-def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown") -> Job:
+def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown", shards: str = "") -> Job:
     """Writes a run's best model as a folder of its own, with a model card: `flallm.load(OUT).translate(video)`.
 
     Args:
@@ -200,6 +202,7 @@ def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown"
         out: the folder to write
         lora: merged or separate: whether low-rank updates are added to the weights under them
         license: what the card says of this model's licence
+        shards: where the run's shards lie now, which the card tells of, if not where its config.yaml says
     """
     if lora not in ("merged", "separate"):
         raise UserError(f"--lora: {lora!r} is neither merged nor separate")
@@ -207,7 +210,8 @@ def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown"
     def work() -> None:
         from flallm.export import export
 
-        export(Path(run), Path(out), lora == "merged", license)
+        with _shards_option(shards):
+            export(Path(run), Path(out), lora == "merged", license, shards)
 
     return Job(work)
 
@@ -249,39 +253,42 @@ def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
     return Job(work)
 
 
-def probe(run: str, *, split: str = "test") -> Job:
+def probe(run: str, *, split: str = "test", shards: str = "") -> Job:
     """How much of a run's score comes from seeing: decodes a split from spoilt videos too, scores it in parts, and writes probes/<split>.json.
 
     Args:
         run: the folder of a run
         split: train, dev or test
+        shards: where the run's shards lie now, if not where its config.yaml says
     """
 
     def work() -> None:
         from flallm.probe import probe, table
 
-        with _ranks() as ranks:
-            found = probe(Path(run), split, ranks)
+        with _ranks() as ranks, _shards_option(shards):
+            found = probe(Path(run), split, ranks, shards)
             if ranks.first:
                 print(table(found))
 
     return Job(work)
 
 
-def report(run: str, *, split: str = "test", clips: str = "24") -> Job:
+def report(run: str, *, split: str = "test", clips: str = "24", shards: str = "") -> Job:
     """Writes report.html of a run, one file for any browser, no network: scores among the published ones, curves, probes, config, sentences with clips.
 
     Args:
         run: the folder of a run
         split: train, dev or test
         clips: how many sentences come with their clip, evenly spread from the best to the worst
+        shards: where the run's shards lie now, if not where its config.yaml says
     """
     number = whole("clips", clips)
 
     def work() -> None:
         from flallm.report import report
 
-        print(report(Path(run), split, number))
+        with _shards_option(shards):
+            print(report(Path(run), split, number, shards))
 
     return Job(work)
 
@@ -420,6 +427,20 @@ def _ranks(timeout: float = 600):
             yield ranks
     finally:
         engine.leave()
+
+
+@contextlib.contextmanager
+def _shards_option(shards: str):
+    """The work of a command on a run whose shards may lie elsewhere now. Raises UserError, which
+    names the option, where they are not found."""
+    from flallm.shards import NoShards, splits_of
+
+    try:
+        if shards:
+            splits_of(shards)  # some commands would go on without
+        yield
+    except NoShards as error:
+        raise UserError(f"{error}, or name the folder where they lie now: --shards=DIR") from None
 
 
 COMMANDS = {

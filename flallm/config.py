@@ -237,10 +237,10 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor(DATE, lambda loader, node: node.value)  # no field is a date
 
 
-def read_run(run: Path) -> dict:
+def read_run(run: Path, shards: str = "") -> dict:
     """The config.yaml of a run folder, without fields that were removed since it was begun.
 
-    Raises UserError for a run that made use of one.
+    shards: where its shards lie now, if not where it says. Raises UserError for a run that made use of a removed field.
     """
     path = run / "config.yaml"
     if not os.path.isfile(path):
@@ -248,9 +248,13 @@ def read_run(run: Path) -> dict:
     sections = read_yaml(path)
     for name, default in REMOVED.items():
         section, field = name.split(".")
-        value = sections.get(section, {}).pop(field, default)
+        fields = sections.get(section)
+        value = fields.pop(field, default) if isinstance(fields, dict) else default
         if value != default and name != "train.lr_first":
             raise UserError(f"{run} was trained with {name}={value}, which this version no longer has")
+    if shards:
+        data = sections.get("data")
+        sections["data"] = (data if isinstance(data, dict) else {}) | {"shards": shards}
     return sections
 
 

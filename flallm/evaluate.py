@@ -121,9 +121,9 @@ def reachable_score(references: list[str], text: Text, convention: str, name: st
     return metrics.point_estimate(said, references, convention, name)
 
 
-def load_run(run: Path, device: torch.device) -> tuple[Translator, Config]:
-    """The best model of a run folder, ready to translate."""
-    config = cfg.from_dict(Config, cfg.read_run(run), str(run / "config.yaml"))
+def load_run(run: Path, device: torch.device, shards: str = "") -> tuple[Translator, Config]:
+    """The best model of a run folder, ready to translate. shards: as in `config.read_run`."""
+    config = cfg.from_dict(Config, cfg.read_run(run, shards), str(run / "config.yaml"))
     model = of_run(config, run)
     if (run / "model.safetensors").is_file():  # by `flallm export`
         checkpoint.load_model(run, model)
@@ -138,9 +138,9 @@ def of_run(config: Config, run: Path) -> Translator:
     return Translator(config, Text(config.llm), weights=bool(config.llm.lora.rank))
 
 
-def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
+def evaluate(run: Path, split: str, ranks: Ranks, shards: str = "") -> dict:
     """Writes predictions/<split>.jsonl and scores/<split>.json of a run and returns the scores."""
-    model, config = load_run(run, ranks.device)
+    model, config = load_run(run, ranks.device, shards)
     make_folder(run)  # which is there; whether it can be written into is better known now
     predictions, bad = decode_split(model, config, split, ranks, config.decode, workers=config.data.workers, title=split)
     hypotheses, references = [p.hypothesis for p in predictions], [p.reference for p in predictions]

@@ -40,11 +40,12 @@ class Model:
         return found.text
 
 
-def export(run: Path, out: Path, merge: bool, licence: str) -> None:
-    """Writes the folder. merge: LoRA's updates are added to the weights under them."""
+def export(run: Path, out: Path, merge: bool, licence: str, shards: str = "") -> None:
+    """Writes the folder. merge: LoRA's updates are added to the weights under them. shards: where
+    the run's shards lie now, if not where its config says; the card tells what they are."""
     if out.exists():
         raise UserError(f"{out} exists already")
-    model, config = load_run(run, torch.device("cpu"))
+    model, config = load_run(run, torch.device("cpu"), shards)
     make_folder(out.parent)
     apart = model.base and not merge
     part = out.with_name(f".{out.name}.part")

@@ -30,9 +30,9 @@ TIMEOUT = 24 * 3600  # seconds: who is done waits for who has the last shard
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int) -> None:
+def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int, shards: str = "") -> None:
     """Writes the features of all splits of the run's shards; the same command goes on where it was stopped."""
-    model, config = load_run(run, ranks.device)
+    model, config = load_run(run, ranks.device, shards)
     splits = {split: Clips(split, config.data, config.seed) for split in tars.splits_of(config.data.shards)}
     if any(clips.features for clips in splits.values()):
         raise UserError(f"data.shards of {run} is {config.data.shards}: these are features already")
@@ -40,10 +40,10 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
         "precision": "bf16" if engine.computes_in_bf16(config.train, ranks.device.type) else "fp32"
     }
     sums = {split: hashlib.sha256(np.ascontiguousarray(clips.shards.index["checksum"])).hexdigest() for split, clips in splits.items()}
-    shards = next(iter(splits.values())).shards
-    if ranks.first and (warning := shards.color_warning()):
+    source = next(iter(splits.values())).shards
+    if ranks.first and (warning := source.color_warning()):
         print(f"warning: {warning}", file=sys.stderr)
-    made_from = {"format": shards.format, "features": made_by, "source_sha256": sums}
+    made_from = {"format": source.format, "features": made_by, "source_sha256": sums}
     parts = {out / f"{split}-{n:06d}.tar": (split, n) for split, clips in splits.items() for n in range(len(clips.shards.shard_bytes))}
     done = tars.begin(out, made_from) if ranks.first else None
     done, missing = ranks.gather((done, [path for path in parts if not path.exists()]))[0]
@@ -58,7 +58,7 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
                 bar.update()
     ranks.gather(None)  # all shards are there
     if ranks.first:
-        dataset = {**made_from, "corpus": shards.corpus, "options": {"fps": shards.fps or None}, "left_out": []}
+        dataset = {**made_from, "corpus": source.corpus, "options": {"fps": source.fps or None}, "left_out": []}
         tars.join(out, [(path, split) for path, (split, _) in parts.items()], dataset, json.dumps(made_from))
     ranks.gather(None)
 

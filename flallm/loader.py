@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flallm import decoder
+from flallm import UserError, decoder
 from flallm.config import Data
 from flallm.shards import Shards
 from flallm.text import Text
@@ -65,6 +65,11 @@ class Clips:
 
     def __init__(self, split: str, data: Data, seed: int):
         self.shards, self.data = Shards(data.shards, split, data.cache, data.cache_gib), data
+        if data.fps not in (0, self.shards.fps):
+            raise UserError(
+                f"data.fps: {data.shards} has {self.shards.fps:g}, not {data.fps:g}: the frame rate is "
+                f"chosen when shards are made, make_shards.py --fps={data.fps:g}"
+            )
         self.used = used_frames(self.shards.index["frames"], data.stride, data.max_frames)  # frames of each clip
         self.features = self.shards.features  # what made them, where the shards hold features; {}: they hold videos
         self.shape, self.dtype = decoder.kind(self.shards, data.crop)

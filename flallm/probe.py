@@ -28,8 +28,8 @@ TEXTS = 200_000  # training sentences that are read at most, evenly spread
 BLIND = ("another clip's", "noise", "the mean feature")  # videos that say nothing about the sentence
 
 
-def probe(run: Path, split: str, ranks: Ranks) -> dict:
-    model, config = load_run(run, ranks.device)
+def probe(run: Path, split: str, ranks: Ranks, shards: str = "") -> dict:
+    model, config = load_run(run, ranks.device, shards)
     seen = MeanFeature(model)
 
     def decode(title: str, change: Callable[[Batch], Batch] | None = None) -> list[Prediction]:

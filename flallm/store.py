@@ -21,6 +21,11 @@ TRIES, FIRST_WAIT = 4, 0.5  # seconds, doubled each time
 FOLDERS = 256  # of a cache
 
 
+def absolute(root: str) -> str:
+    """A folder's path for use from any folder; an address such as s3://bucket/shards stays."""
+    return root if "://" in root else str(Path(root).expanduser().absolute())
+
+
 class Store:
     """Ranges of the files in one folder or under one address.
 

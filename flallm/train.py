@@ -26,13 +26,14 @@ from flallm import UserError, checkpoint, metrics, write_whole
 from flallm import config as cfg
 from flallm import engine as engines
 from flallm.checkpoint import State, Writer
-from flallm.config import Config, Train
+from flallm.config import Config, Data, Train
 from flallm.engine import AGAIN, Ranks, Step
 from flallm.evaluate import Prediction, check_features, decode_split, hardly_looks, note_bad_samples, of_run, swapped_score
 from flallm.loader import Clips, batches
 from flallm.model.llm import save_base
 from flallm.model.translator import Translator
 from flallm.plan import make_plan, training_groups
+from flallm.store import absolute
 from flallm.text import Text
 
 # What may differ from the recipe a run was begun with. All else would make the two halves of the run two different runs.
@@ -54,11 +55,7 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
     clips, dev = (Clips(split, config.data, config.seed) for split in ("train", "dev"))  # dev better missed now than after an epoch
     if clips.features and config.frozen != "encoder":
         raise UserError(f"{config.data.shards} holds features: {config.stage} trains the encoder and needs shards of video")
-    if config.data.fps not in (0, clips.shards.fps):
-        raise UserError(
-            f"data.fps: {config.data.shards} has {clips.shards.fps:g}: the frame rate is chosen when shards are made, make_shards.py --fps={config.data.fps:g}"
-        )
-    config = replace(config, data=replace(config.data, fps=clips.shards.fps))
+    config = replace(config, data=recorded(config.data, clips.shards.fps))
     plan = make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
     origin = checkpoint.identity(stage1) if config.stage == "stage2" and stage1 and (stage1 / "checkpoints").is_dir() else None
@@ -121,6 +118,12 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
             if stop and state.step < total:
                 log.say(f"step {state.step}/{total}  asked to stop: all is saved, and the same command goes on from here")
                 raise SystemExit(AGAIN)
+
+
+def recorded(data: Data, fps: float) -> Data:
+    """What a run's config.yaml has of its data: paths with which commands find it from any folder, and the shards' frame rate."""
+    cache = absolute(data.cache) if data.cache else ""
+    return replace(data, shards=absolute(data.shards), cache=cache, fps=fps)
 
 
 def begin(config: Config, stage1: Path | None, origin: str | None, ranks: Ranks) -> Translator:

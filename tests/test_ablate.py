@@ -372,6 +372,12 @@ def test_runs_of_another_recipe_in_the_same_folder_are_refused(done, overrides, 
         ablate.ablate(study, "nowhere", 1, "", [])
 
 
+def test_a_study_goes_on_where_its_shards_are_named_by_a_relative_path(done, overrides, shards, monkeypatch):
+    monkeypatch.chdir(shards.parent)
+    study = Study("demo", ["4"], 1, [], {**overrides, "data.shards": shards.name}, done["4"].out)
+    ablate.ablate(study, "nowhere", 1, "", [])
+
+
 def test_nothing_is_submitted_that_cannot_run(overrides, tmp_path):
     study = Study("demo", ["4"], 1, [], overrides | {"data.shards": str(tmp_path)}, tmp_path / "out")
     with pytest.raises(UserError, match="holds no finished shards"):
