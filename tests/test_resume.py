@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import faults
@@ -22,7 +24,7 @@ from flallm.evaluate import load_run
 from flallm.model.translator import Translator
 from flallm.shards import make_shards
 from flallm.text import Text
-from flallm.train import train
+from flallm.train import FREE, train
 
 
 def stop_at(step: int):
@@ -171,6 +173,16 @@ def test_a_changed_recipe_is_refused_with_what_differs_and_matters(runs):
     _, out = runs
     said = (out / "refused.txt").read_text()
     assert "train.lr_encoder was 0.002 and is 0.5" in said and "log_every" not in said and "checkpoint" not in said
+
+
+def test_the_docs_name_every_field_that_may_change():
+    docs = (Path(__file__).parents[1] / "docs/resuming.md").read_text()
+    listed = docs.split("What may change: ")[1].split("`train.steps` and `train.epochs` may not")[0]
+    names = re.findall(r"`([\w.*]+)`", listed)
+    fields = cfg.flat(cfg.Config())
+    in_docs = {field for field in fields if any(fnmatch(field, name) for name in names)}
+    assert in_docs == {field for field in fields if field.startswith(FREE)}
+    assert all(any(fnmatch(field, name) for field in fields) for name in names)
 
 
 def test_the_best_weights_come_back_and_altered_ones_are_refused(runs, tmp_path):
