@@ -70,7 +70,7 @@ def cpu_quota(
 ) -> float:
     """How many cores' time the cgroups of this process grant, version 1 or 2; inf: all of it."""
     try:
-        lines = cgroups.read_text().splitlines()
+        lines = cgroups.read_text(encoding="utf-8").splitlines()
     except OSError:
         return math.inf
     quota = math.inf
