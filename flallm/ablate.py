@@ -173,13 +173,15 @@ class Study:
     def check_begun(self) -> None:
         """Refuses runs of another recipe, on other shards, from other weights or decoded in another way: in one table with these they would be taken for
         what they are not."""
+        from flallm.store import absolute
         from flallm.train import FREE, check_same
 
         for run in self.every:
             path, mine = self.folder(run) / "config.yaml", self.config(run)
             if run.stage != "features" and path.is_file():
                 theirs = cfg.flat(cfg.from_dict(Config, cfg.read_yaml(path), str(path)))
-                if run.features:
+                recorded = absolute(theirs["data.shards"])  # relative in a run of an older version
+                if run.features or recorded == absolute(mine.data.shards):
                     theirs["data.shards"] = mine.data.shards
                 check_same(theirs, mine, self.folder(run), "--out", tuple({*FREE} - {*ALIKE}))
 

@@ -89,26 +89,34 @@ def _training(stage: str, recipe: str, run_dir: str | None, overrides: dict[str,
     return Job(work)
 
 
-def evaluate(run: str, *, split: str = "test") -> Job:
+def evaluate(run: str, *, split: str = "test", shards: str | None = None) -> Job:
     """Decodes a split with a run's best checkpoint, and writes predictions/<split>.jsonl and scores/<split>.json.
 
     Args:
         run: the folder of a run
         split: train, dev or test
+        shards: the folder of the run's shards, if it is another now than in training
     """
 
     def work() -> None:
         from flallm.evaluate import evaluate
 
         with _ranks() as ranks:
-            scores = evaluate(Path(run), split, ranks)
+            scores = evaluate(Path(run), split, ranks, shards)
             if ranks.first:
                 print(json.dumps(scores, indent=1))
 
     return Job(work)
 
 
-def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> Job:
+def features(
+    run: str,
+    *,
+    out: str,
+    dtype: str = "bf16",
+    copies: str = "0",
+    shards: str | None = None,
+) -> Job:
     """Writes the sign-wise features of a run's encoder as shards: stage 2 takes them by --data.shards in place of video, and so does what is done with its run.
 
     Args:
@@ -116,6 +124,7 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
         out: the folder to write into
         dtype: bf16, fp16 or fp32
         copies: how many augmented copies of each training clip; 0: training sees the clips as they are
+        shards: the folder of the run's shards, if it is another now than in training
     """
     if dtype not in ("bf16", "fp16", "fp32"):
         raise UserError(f"--dtype: {dtype!r} is none of bf16, fp16, fp32")
@@ -125,7 +134,7 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0") -> J
         from flallm.features import TIMEOUT, features
 
         with _ranks(TIMEOUT) as ranks:
-            features(Path(run), Path(out), ranks, dtype, number)
+            features(Path(run), Path(out), ranks, dtype, number, shards)
 
     return Job(work)
 
@@ -258,39 +267,47 @@ def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
     return Job(work)
 
 
-def probe(run: str, *, split: str = "test") -> Job:
+def probe(run: str, *, split: str = "test", shards: str | None = None) -> Job:
     """How much of a run's score comes from seeing: decodes a split from spoilt videos too, scores it in parts, and writes probes/<split>.json.
 
     Args:
         run: the folder of a run
         split: train, dev or test
+        shards: the folder of the run's shards, if it is another now than in training
     """
 
     def work() -> None:
         from flallm.probe import probe, table
 
         with _ranks() as ranks:
-            found = probe(Path(run), split, ranks)
+            found = probe(Path(run), split, ranks, shards)
             if ranks.first:
                 print(table(found))
 
     return Job(work)
 
 
-def report(run: str, *, split: str = "test", clips: str = "24") -> Job:
+def report(
+    run: str,
+    *,
+    split: str = "test",
+    clips: str = "24",
+    shards: str | None = None,
+) -> Job:
     """Writes report.html of a run, one file for any browser, no network: scores among the published ones, curves, probes, config, sentences with clips.
 
     Args:
         run: the folder of a run
         split: train, dev or test
         clips: how many sentences come with their clip, evenly spread from the best to the worst
+        shards: the folder of the run's shards, if it is another now than in training
     """
     number = whole("clips", clips)
 
     def work() -> None:
         from flallm.report import report
 
-        print(report(Path(run), split, number))
+        print(report(Path(run), split, number, shards))
 
     return Job(work)
 

@@ -235,12 +235,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_run(run: Path) -> dict:
-    """The config.yaml of a run folder."""
+def read_run(run: Path, shards: str | None = None) -> dict:
+    """The config.yaml of a run folder. shards: where its shards are now, if they have moved."""
     path = run / "config.yaml"
     if not os.path.isfile(path):
         raise UserError(f"{run} is no run folder (no config.yaml): name the --run_dir of a stage1, stage2 or joint command")
-    return read_yaml(path)
+    content = read_yaml(path)
+    if shards:
+        data = content.get("data")
+        content["data"] = (data if isinstance(data, dict) else {}) | {"shards": shards}
+    return content
 
 
 def read_yaml(path: Path) -> dict:

@@ -17,6 +17,7 @@ from flallm.config import Config, Decode
 from flallm.engine import Ranks
 from flallm.loader import Batch, Clips, batches
 from flallm.model.translator import Translator
+from flallm.shards import frame_rate_of
 from flallm.text import Text
 
 
@@ -97,9 +98,13 @@ def reachable_bleu4(references: list[str], text: Text, convention: str) -> float
     return metrics.bleu4(said, references, convention)
 
 
-def load_run(run: Path, device: torch.device) -> tuple[Translator, Config]:
-    """The best model of a run folder, ready to translate."""
-    config = cfg.from_dict(Config, cfg.read_run(run), str(run / "config.yaml"))
+def load_run(
+    run: Path,
+    device: torch.device,
+    shards: str | None = None,
+) -> tuple[Translator, Config]:
+    """The best model of a run folder, ready to translate. shards: see `config.read_run`."""
+    config = cfg.from_dict(Config, cfg.read_run(run, shards), str(run / "config.yaml"))
     model = of_run(config, run)
     if (run / "model.safetensors").is_file():  # by `flallm export`
         checkpoint.load_model(run, model)
@@ -108,15 +113,33 @@ def load_run(run: Path, device: torch.device) -> tuple[Translator, Config]:
     return model.to(device).eval(), config
 
 
+def load_run_and_shards(
+    run: Path,
+    device: torch.device,
+    shards: str | None,
+) -> tuple[Translator, Config]:
+    """As `load_run`, for a command that reads the run's shards. Raises UserError without them."""
+    data = cfg.from_dict(Config, cfg.read_run(run, shards), str(run / "config.yaml")).data
+    try:
+        fps = frame_rate_of(data.shards)
+    except UserError as error:
+        hint = f"--shards=DIR names where the shards of {run} are now"
+        raise UserError(f"{error}. {hint}") from None
+    if data.fps not in (0, fps):
+        differ = f"{data.shards} has {fps:g} frames a second, {run} was trained at {data.fps:g}"
+        raise UserError(f"{differ}: make the shards with make_shards.py --fps={data.fps:g}")
+    return load_run(run, device, shards)
+
+
 def of_run(config: Config, run: Path) -> Translator:
     """The model of a run, for a checkpoint to fill: what no checkpoint holds, weights under LoRA's, lies in the run's folder. The config is made to say so."""
     config.llm.path, config.llm.random, config.encoder.weights = str((run / "llm").resolve()), False, None
     return Translator(config, Text(config.llm), weights=bool(config.llm.lora.rank))
 
 
-def evaluate(run: Path, split: str, ranks: Ranks) -> dict:
+def evaluate(run: Path, split: str, ranks: Ranks, shards: str | None = None) -> dict:
     """Writes predictions/<split>.jsonl and scores/<split>.json of a run and returns the scores."""
-    model, config = load_run(run, ranks.device)
+    model, config = load_run_and_shards(run, ranks.device, shards)
     make_folder(run)  # which is there; whether it can be written into is better known now
     predictions, bad = decode_split(model, config, split, ranks, config.decode, workers=config.data.workers, title=split)
     hypotheses, references = [p.hypothesis for p in predictions], [p.reference for p in predictions]

@@ -59,7 +59,7 @@ def export(run: Path, out: Path, merge: bool, licence: str) -> None:
         model.text.config.save_pretrained(part / "llm")
     save_file(checkpoint.unique_tensors(model), part / "model.safetensors")
     card = _card(run, config, sum(p.numel() for p in model.parameters()), licence)
-    config.llm.path, config.data.shards = "llm", ""
+    config.llm.path, config.data.shards, config.data.cache = "llm", "", ""
     (part / "config.yaml").write_text(cfg.dump(config))
     (part / "README.md").write_text(card)
     part.replace(out)

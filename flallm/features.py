@@ -21,7 +21,7 @@ import torch
 from flallm import UserError, engine, progress
 from flallm import shards as tars
 from flallm.config import Data
-from flallm.evaluate import load_run
+from flallm.evaluate import load_run_and_shards
 from flallm.loader import Clips, batches
 from flallm.model.translator import Translator
 
@@ -29,9 +29,16 @@ TIMEOUT = 24 * 3600  # seconds: who is done waits for who has the last shard
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int) -> None:
+def features(
+    run: Path,
+    out: Path,
+    ranks: engine.Ranks,
+    dtype: str,
+    copies: int,
+    shards: str | None = None,
+) -> None:
     """Writes the features of all splits of the run's shards; the same command goes on where it was stopped."""
-    model, config = load_run(run, ranks.device)
+    model, config = load_run_and_shards(run, ranks.device, shards)
     splits = {split: Clips(split, config.data, config.seed) for split in tars.splits_of(config.data.shards)}
     if any(clips.features for clips in splits.values()):
         raise UserError(f"data.shards of {run} is {config.data.shards}: these are features already")
@@ -54,8 +61,8 @@ def features(run: Path, out: Path, ranks: engine.Ranks, dtype: str, copies: int)
                 bar.update()
     ranks.gather(None)  # all shards are there
     if ranks.first:
-        shards = next(iter(splits.values())).shards
-        dataset = {**made_from, "corpus": shards.corpus, "options": {"fps": shards.fps or None}, "left_out": []}
+        source = next(iter(splits.values())).shards
+        dataset = {**made_from, "corpus": source.corpus, "options": {"fps": source.fps or None}, "left_out": []}
         tars.join(out, [(path, split) for path, (split, _) in parts.items()], dataset, json.dumps(made_from))
     ranks.gather(None)
 

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flallm import UserError, make_folder, metrics, write_whole
 from flallm.engine import Ranks
-from flallm.evaluate import Prediction, decode_split, load_run
+from flallm.evaluate import Prediction, decode_split, load_run_and_shards
 from flallm.loader import Batch
 from flallm.model.translator import Translator
 from flallm.shards import Shards
@@ -29,8 +29,8 @@ NGRAM = 4
 BLIND = ("another clip's", "noise", "the mean feature")  # videos that say nothing about the sentence
 
 
-def probe(run: Path, split: str, ranks: Ranks) -> dict:
-    model, config = load_run(run, ranks.device)
+def probe(run: Path, split: str, ranks: Ranks, shards: str | None = None) -> dict:
+    model, config = load_run_and_shards(run, ranks.device, shards)
     seen = MeanFeature(model)
 
     def decode(title: str, change: Callable[[Batch], Batch] | None = None) -> list[Prediction]:

@@ -63,15 +63,18 @@ class Sentence:
     attention: list[tuple[str, str, float]] = field(default_factory=list)  # (word, its frames' weights as a CSS mask, where it peaks, from 0 to 1)
 
 
-def report(run: Path, split: str, clips: int) -> Path:
-    """Writes report.html of a run folder. clips: how many sentences of the split come with their clip."""
+def report(run: Path, split: str, clips: int, place: str | None = None) -> Path:
+    """Writes report.html of a run folder. clips: how many sentences of the split come with their clip.
+    place: where the run's shards are now, if they have moved."""
     config, notes = cfg.flat(cfg.read_run(run)), []
     make_folder(run)  # which is there; whether the page can be written is better known now
     sentences = _sentences(run, split, str(config.get("convention", "raw")), notes)
     others = sorted(path.stem for path in (run / "predictions").glob("*.jsonl"))
     if not sentences and others:
         raise UserError(f"{run} has no sentences of {split} but of {', '.join(others)}: flallm evaluate {run} --split={split} writes them")
-    shards, corpus = _shards(str(config.get("data.shards", "")), split, notes)
+    if place:
+        splits_of(place)  # raises UserError: what was asked for by name is not left out
+    shards, corpus = _shards(place or str(config.get("data.shards", "")), split, notes)
     if shards and sentences:
         _add_nearest(sentences, shards)
         _add_clips(sentences, shards, clips, run, notes)
@@ -199,7 +202,8 @@ def _shards(folder: str, split: str, notes: list[str]) -> tuple[Shards | None, s
         shards = Shards(folder, split)
         return shards, str(shards.corpus.get("name", ""))
     except (UserError, OSError, ImportError) as error:
-        notes.append(f"Neither clips nor the nearest training sentences: {error}.")
+        hint = "--shards=DIR names where the shards are now"
+        notes.append(f"Neither clips nor the nearest training sentences: {error}. {hint}.")
         return None, ""
 
 
@@ -261,15 +265,15 @@ def _add_clips(sentences: list[Sentence], shards: Shards, count: int, run: Path,
     if len(shown) < len(chosen):
         notes.append(f"{len(shown)} of {len(chosen)} clips are shown: the others cannot be read or are too large for a page.")
     try:
-        _add_attention(shown, [metas[s.key][0] for s in shown], shards.split, run)
+        _add_attention(shown, [metas[s.key][0] for s in shown], shards, run)
     except UserError as error:
         notes.append(f"Not shown where the model looks: {error}.")
 
 
-def _add_attention(sentences: list[Sentence], numbers: list[int], split: str, run: Path) -> None:
+def _add_attention(sentences: list[Sentence], numbers: list[int], shards: Shards, run: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = load_run(run, device)
-    clips = Clips(split, config.data, config.seed)
+    model, config = load_run(run, device, shards.folder)
+    clips = Clips(shards.split, config.data, config.seed)
     with engine.precision(config.train, device):
         for s, number in zip(sentences, numbers):
             batch = clips.batch(model.text, [(None, number)])

@@ -210,6 +210,11 @@ def splits_of(folder: str | Path) -> list[str]:
     return list(_read_dataset(Store(str(folder)), str(folder))["splits"])
 
 
+def frame_rate_of(folder: str | Path) -> float:
+    """Frames a second of all clips of a folder of shards; 0: each clip has its own."""
+    return _frame_rate(_read_dataset(Store(str(folder)), str(folder)))
+
+
 def _read_dataset(store: Store, folder: str) -> dict:
     """`dataset.json`; of it are sure "splits": {split: {"clips", "frames", "shard_bytes"}}, "features": what made them, {} where they are videos, and "corpus"."""
     try:

@@ -21,6 +21,11 @@ TRIES, FIRST_WAIT = 4, 0.5  # seconds, doubled each time
 FOLDERS = 256  # of a cache
 
 
+def absolute(folder: str) -> str:
+    """The folder as it is called from anywhere; an address such as s3://bucket/shards as it is."""
+    return folder if not folder or "://" in folder else os.path.abspath(folder)
+
+
 class Store:
     """Ranges of the files in one folder or under one address.
 

@@ -34,6 +34,7 @@ from flallm.metrics import bleu4
 from flallm.model.llm import save_base
 from flallm.model.translator import Translator
 from flallm.plan import make_plan, training_groups
+from flallm.store import absolute
 from flallm.text import Text
 
 # What may differ from the recipe a run was begun with. All else would make the two halves of the run two different runs.
@@ -59,7 +60,9 @@ def train(config: Config, run: Path, ranks: Ranks, stage1: Path | None = None) -
         raise UserError(
             f"data.fps: {config.data.shards} has {clips.shards.fps:g}: the frame rate is chosen when shards are made, make_shards.py --fps={config.data.fps:g}"
         )
-    config = replace(config, data=replace(config.data, fps=clips.shards.fps))
+    # The run records absolute paths: its other commands may be called from another folder.
+    recorded = {"shards": absolute(config.data.shards), "cache": absolute(config.data.cache)}
+    config = replace(config, data=replace(config.data, fps=clips.shards.fps, **recorded))
     plan = make_plan(config, clips.used, clips.shards.index["text_length"], ranks.world_size)
     data = {"clips": len(plan.frames), "crc32": crc32(np.ascontiguousarray(clips.shards.index["checksum"]))}
     origin = checkpoint.identity(stage1) if config.stage == "stage2" and stage1 and (stage1 / "checkpoints").is_dir() else None
