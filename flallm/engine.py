@@ -50,6 +50,7 @@ SLURM = {
 # Numbers of processes: launchers of MPI set no RANK, and each process would be a group of its own.
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 START = "start the ranks with torchrun, deepspeed, srun or slurm/*.sh"
+JOINING = timedelta(hours=1)  # the longest wait for the others at the start; features have a day
 AGAIN = 75  # exit code of a run that was asked to stop and has saved all: start it again (EX_TEMPFAIL)
 
 
@@ -205,10 +206,10 @@ def _slurm_port() -> str:
 
 def _join_group(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
     """Joins torch's process group. Raises UserError, or SystemExit after a line, if it cannot."""
-    store = _open_store(rank, timeout)
+    opened = store = _open_store(rank, min(timeout, JOINING))
     try:
         if _launcher_has_the_store():
-            store = _store_of_this_start(store, rank, world_size, timeout)
+            store = _store_of_this_start(store, rank, world_size, min(timeout, JOINING))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -217,6 +218,7 @@ def _join_group(rank: int, world_size: int, device: torch.device, timeout: timed
             timeout=timeout,
             device_id=device if device.type == "cuda" and world_size > 1 else None,
         )
+        opened.set_timeout(timeout)
     except RuntimeError as error:
         gloo = "gloo" in str(error)
         if not gloo and not isinstance(error, (dist.DistStoreError, dist.DistNetworkError)):

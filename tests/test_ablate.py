@@ -391,6 +391,13 @@ def test_runs_of_another_recipe_in_the_same_folder_are_refused(done, overrides, 
         ablate.ablate(study, "nowhere", 1, "", [])
 
 
+def test_the_shards_of_a_study_may_be_named_by_a_relative_path(done, overrides, monkeypatch):
+    folder, name = os.path.split(overrides["data.shards"])
+    monkeypatch.chdir(folder)
+    named = {**overrides, "data.shards": name}
+    Study("demo", ["4"], 1, [], named, done["4"].out).check_begun()
+
+
 def test_nothing_is_submitted_that_cannot_run(overrides, tmp_path):
     study = Study("demo", ["4"], 1, [], overrides | {"data.shards": str(tmp_path)}, tmp_path / "out")
     with pytest.raises(UserError, match="holds no finished shards"):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from flallm.evaluate import load_run
 from flallm.model.translator import Translator
 from flallm.shards import make_shards
 from flallm.text import Text
-from flallm.train import train
+from flallm.train import FREE, train
 
 
 def stop_at(step: int):
@@ -173,6 +174,18 @@ def test_a_changed_recipe_is_refused_with_what_differs_and_matters(runs):
     assert "train.lr_encoder was 0.002 and is 0.5" in said and "log_every" not in said and "checkpoint" not in said
 
 
+def test_the_docs_name_the_fields_that_may_change_and_no_others():
+    docs = (Path(__file__).parents[1] / "docs/resuming.md").read_text()
+    listed = docs.partition("What may change: ")[2].partition("`train.steps`")[0]
+    fields, documented = set(cfg.flat(cfg.Config())), set()
+    for name in re.findall("`(.+?)`", listed):
+        if name.endswith(".*"):
+            documented |= {field for field in fields if field.startswith(name[:-1])}
+        else:
+            documented.add(name)
+    assert documented == {field for field in fields if field.startswith(FREE)}
+
+
 def test_the_best_weights_come_back_and_altered_ones_are_refused(runs, tmp_path):
     configs, out = runs
     model = Translator(configs["stage1"], Text(configs["stage1"].llm))
@@ -213,8 +226,20 @@ def lab(shards, llm, tmp_path_factory):
         faults.one_rank_signalled,
         lambda lab: faults.other_world_sizes(lab, ("stage2",)),
         faults.two_runs_in_one_folder,
+        lambda lab: faults.torchrun_restarts(lab, nodes=2),
     ],
-    ids=["all killed", "one killed", "killed while saving", "not finite", "loss spike", "clips gone", "SIGTERM to one", "other world sizes", "two runs"],
+    ids=[
+        "all killed",
+        "one killed",
+        "killed while saving",
+        "not finite",
+        "loss spike",
+        "clips gone",
+        "SIGTERM to one",
+        "other world sizes",
+        "two runs",
+        "torchrun restarts",
+    ],
 )
 def test_faults(lab, scenario):
     try:
