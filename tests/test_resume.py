@@ -225,8 +225,20 @@ def lab(shards, llm, tmp_path_factory):
         faults.one_rank_signalled,
         lambda lab: faults.other_world_sizes(lab, ("stage2",)),
         faults.two_runs_in_one_folder,
+        lambda lab: faults.torchrun_restarts(lab, nodes=2),
     ],
-    ids=["all killed", "one killed", "killed while saving", "not finite", "loss spike", "clips gone", "SIGTERM to one", "other world sizes", "two runs"],
+    ids=[
+        "all killed",
+        "one killed",
+        "killed while saving",
+        "not finite",
+        "loss spike",
+        "clips gone",
+        "SIGTERM to one",
+        "other world sizes",
+        "two runs",
+        "torchrun restarts",
+    ],
 )
 def test_faults(lab, scenario):
     try:
