@@ -14,7 +14,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,22 +29,13 @@ from flallm import config as cfg
 from flallm.evaluate import load_run
 from flallm.loader import Clips
 from flallm.probe import training_clips
+from flallm.report_charts import charts, draw, finite_number, thin
 from flallm.shards import BadSample, Shards, splits_of
 
 HERE = Path(__file__).parent
 FORMS = ("", "labels", "manifest")  # what shards made of a table of any data set say of it: its name is the recipe's
 VIDEO_MIB = 12  # of clips in the page, a third more there as text
 LONGEST = 400  # words that are compared one by one
-CHARTS = {  # title: {what metrics.jsonl calls it: label}, unit
-    "Loss": ({"loss": "training"}, ""),
-    "BLEU-1 on dev": ({"dev_bleu1": "right videos", "dev_bleu1_swapped": "swapped videos"}, ""),  # where it leads
-    "BLEU-2 on dev": ({"dev_bleu2": "right videos", "dev_bleu2_swapped": "swapped videos"}, ""),
-    "BLEU-3 on dev": ({"dev_bleu3": "right videos", "dev_bleu3_swapped": "swapped videos"}, ""),
-    "BLEU-4 on dev": ({"dev_bleu4": "right videos", "dev_bleu4_swapped": "swapped videos"}, ""),
-    "Learning rate": ({"lr_encoder": "encoder", "lr_adapter": "adapter", "lr_language": "language model"}, ""),
-    "Clips a second": ({"clips_per_s": "all ranks"}, ""),
-    "Waiting for data": ({"data_wait_share": "share of the time"}, "%"),
-}
 
 
 @dataclass
@@ -88,8 +78,7 @@ def report(run: Path, split: str, clips: int, shards_folder: str = "") -> Path:
         "convention": config.get("convention", "raw"),
         "published": _published(str(config.get("name")) if corpus in FORMS else corpus, split, scores),
         "probes": _json(run / f"probes/{split}.json"),
-        "charts": _charts(rows),
-        "rows": rows,
+        "charts": charts(rows),
         "time": _time(rows),
         "bad": Counter((str(b.get("key")), str(b.get("cause"))) for b in _jsonl(run / "bad_samples.jsonl")).most_common(),
         "skipped": sorted({row.get("step") for row in _jsonl(run / "skipped.jsonl")} - {None}),
@@ -137,13 +126,12 @@ def _render(found: dict) -> str:
         undefined=jinja2.StrictUndefined,
         finalize=_printable,
     )
-    environment.filters |= {"duration": _duration, "thin": _thin}
+    environment.filters |= {"duration": _duration, "draw": draw, "thin": thin}
     environment.globals |= {"reachable": metrics.REACHABLE, "number": _points, "interval": lambda score: f"[{score['ci95'][0]:.2f}, {score['ci95'][1]:.2f}]"}
-    script = Markup((HERE / "page/uPlot.iife.min.js").read_text(encoding="utf-8") + (HERE / "page/report.js").read_text(encoding="utf-8"))
-    style = Markup((HERE / "page/uPlot.min.css").read_text(encoding="utf-8") + (HERE / "page/report.css").read_text(encoding="utf-8"))
+    script = Markup((HERE / "page/report.js").read_text(encoding="utf-8"))
+    style = Markup((HERE / "page/report.css").read_text(encoding="utf-8"))
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data = Markup(json.dumps(found["charts"]).replace("<", "\\u003c"))  # ends no <script>
-    return environment.get_template("report.html").render(**found, script=script, style=style, allowed=allowed, data=data)
+    return environment.get_template("report.html").render(**found, script=script, style=style, allowed=allowed)
 
 
 def _printable(value):
@@ -312,33 +300,14 @@ def _published(corpus: str, split: str, scores: dict) -> dict | None:
     return {"corpus": corpus, **table, "systems": systems, "warnings": warnings, "top": max(max(s["bleu4"] for s in systems), run["ci95"][1]), "names": names}
 
 
-def _charts(rows: list[dict]) -> list[dict]:
-    """What is drawn: {"title", "unit", "x": steps, "series": [{"label", "values"}]}."""
-    known = {name for names, _ in CHARTS.values() for name in names} | {"step", "seconds", "skipped", "dev_seconds"}
-    others = dict.fromkeys(name for row in rows for name in row if name not in known and isinstance(row[name], int | float))
-    charts = []
-    for title, (names, unit) in (CHARTS | {name: ({name: ""}, "") for name in others}).items():
-        here = [row for row in rows if any(_number(row.get(name)) is not None for name in names)]
-        factor = 100 if unit == "%" else 1
-        series = [{"label": label, "values": [None if (v := _number(row.get(name))) is None else v * factor for row in here]} for name, label in names.items()]
-        series = [s for s in series if any(v for v in s["values"])] or series[:1]  # an encoder that does not train has no rate
-        if here:
-            charts.append({"title": title, "unit": unit, "x": [row.get("step", 0) for row in here], "series": series})
-    return charts
-
-
-def _number(value) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _time(rows: list[dict]) -> list[tuple[str, float]]:
     """[(what for, seconds)] of the whole run."""
-    dev = sum(_number(row.get("dev_seconds")) or 0 for row in rows)
+    dev = sum(finite_number(row.get("dev_seconds")) or 0 for row in rows)
     waiting = training = last = 0.0
     since = 0.0  # seconds on dev since the last line
     for row in rows:
-        since += _number(row.get("dev_seconds")) or 0
-        if (share := _number(row.get("data_wait_share"))) is not None and (seconds := _number(row.get("seconds"))) is not None:
+        since += finite_number(row.get("dev_seconds")) or 0
+        if (share := finite_number(row.get("data_wait_share"))) is not None and (seconds := finite_number(row.get("seconds"))) is not None:
             spent = max(0.0, seconds - last - since)
             waiting, training, last, since = waiting + share * spent, training + (1 - share) * spent, seconds, 0.0
     return [(what, seconds) for what, seconds in (("training steps", training), ("waiting for data", waiting), ("dev scores", dev)) if seconds]
@@ -351,9 +320,3 @@ def _points(value: float | None) -> str:
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s" if rest >= 60 else f"{seconds:.0f} s"
-
-
-def _thin(chart: dict, rows: int = 24) -> Iterator[list]:
-    """Some rows of a chart's numbers, evenly spread."""
-    for i in dict.fromkeys(np.linspace(0, len(chart["x"]) - 1, min(rows, len(chart["x"]))).round().astype(int).tolist()):
-        yield [chart["x"][i], *(s["values"][i] for s in chart["series"])]

@@ -1,8 +1,11 @@
 """`flallm probe` and `flallm report`: a run that sees and one that cannot, and the page in a real Chromium."""
 
 import json
+import random
+import re
 import shutil
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from playwright.sync_api import sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flallm import config as cfg
-from flallm import engine, metrics, plots, report
+from flallm import engine, metrics, plots, report, report_charts
 from flallm import probe as probes
 from flallm.corpora import synthetic
 from flallm.encode import Options
@@ -178,8 +181,39 @@ def test_what_the_page_works_out_itself():
     # 30 seconds: 5 on dev, and of the others a quarter waiting, then none.
     rows = [{"dev_seconds": 5.0}, {"seconds": 25.0, "data_wait_share": 0.25}, {"seconds": 30.0, "data_wait_share": 0.0}]
     assert report._time(rows) == [("training steps", 20.0), ("waiting for data", 5.0), ("dev scores", 5.0)]
-    (waiting,) = report._charts([{"step": 7, "data_wait_share": 0.25}])
-    assert (waiting["unit"], waiting["x"], waiting["series"][0]["values"]) == ("%", [7], [25.0])
+    (waiting,) = report_charts.charts([{"step": 7, "data_wait_share": 0.25}])
+    assert (waiting.unit, waiting.steps, waiting.series[0].values) == ("%", [7], [25.0])
+
+
+def curves(chart):
+    """The points (x, y) of each line of a chart, in the SVG's coordinates: y grows downwards."""
+    paths = ElementTree.fromstring(report_charts.draw(chart)).iter("{http://www.w3.org/2000/svg}path")
+    colors = ("--accent", "--other", "--third")
+    drawn = [path.get("d") for path in paths if any(f"stroke: var({c})" in path.get("style", "") for c in colors)]
+    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)] for path in drawn]
+
+
+def test_a_chart_draws_its_values():
+    rows = [{"step": step, "lr_encoder": 0.0, "lr_adapter": 1e-4 * step, "lr_language": 2e-4 * step} for step in range(1, 101)]
+    del rows[50]["lr_adapter"]
+    (chart,) = report_charts.charts(rows)
+    adapter, language = curves(chart)[:2]  # the legend's lines come after them
+    assert [series.label for series in chart.series] == ["adapter", "language model"]  # the encoder does not train
+    assert adapter[0][1] > adapter[-1][1] > language[-1][1]
+    assert adapter[0][1] - adapter[-1][1] == pytest.approx((language[0][1] - language[-1][1]) / 2, rel=1e-3)
+    assert report_charts.draw(chart) == report_charts.draw(chart)
+
+
+def test_a_chart_of_a_long_run_stays_small_and_keeps_a_spike():
+    values = random.Random(0)
+    rows = [{"step": step, "loss": values.uniform(1, 2)} for step in range(100_000)]
+    rows[70_000]["loss"] = 10.0
+    (chart,) = report_charts.charts(rows)
+    points = curves(chart)[0]
+    x, y = min(points, key=lambda point: point[1])
+    assert len(points) < 1500
+    assert x - points[0][0] == pytest.approx(0.7 * (points[-1][0] - points[0][0]), abs=1)
+    assert points[0][1] - y > 50  # of the 166 points (1/72 inch) of the chart's height
 
 
 def test_every_figure_is_the_same_on_another_number_of_ranks(runs, tmp_path):
@@ -250,7 +284,10 @@ def test_the_page_is_searched_sorted_and_played(runs, chromium):
         "word => Math.abs(word.closest('li').querySelector('video').currentTime / word.closest('li').querySelector('video').duration - word.dataset.at) < .05",
         arg=word.element_handle(),
     )
-    assert page.locator(".chart canvas").count() == page.locator(".chart").count() >= 5
+    assert page.locator(".chart svg").count() == page.locator(".chart").count() >= 5
+    assert page.get_by_role("img", name="Loss over the steps").is_visible()
+    ids = page.locator("[id]").evaluate_all("elements => elements.map((e) => e.id)")
+    assert len(ids) == len(set(ids))
     assert page.locator("#ablations tbody").inner_text().split("\t") == ["nothing", "3.00 [2.00, 4.00]"]
     assert page.locator("#ablations img").evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
     published = page.locator("table", has_text="GFSLT-VLP").inner_text()  # by the recipe's name: a manifest is of no known data set
@@ -264,6 +301,8 @@ def test_the_page_is_accessible_and_fits(runs, chromium, options):
     page, said = opened(chromium, report.report(runs / "seeing", "dev", 2), **options)
     page.evaluate("document.querySelectorAll('details').forEach((e) => e.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    lines = page.locator(".chart svg [style*='--accent']").evaluate_all("lines => lines.map((e) => getComputedStyle(e).stroke)")
+    assert set(lines) == {"rgb(124, 192, 255)" if "color_scheme" in options else "rgb(11, 95, 165)"}
     found = Axe().run(page).response["violations"]
     assert [(v["id"], v["nodes"][0]["html"]) for v in found] == []
     assert said == []
@@ -277,7 +316,7 @@ def test_hostile_text_neither_runs_nor_breaks_the_page(runs, chromium, tmp_path)
     (tmp_path / "run/command.txt").write_text(HOSTILE[0])
     (tmp_path / "run/bad_samples.jsonl").write_text(json.dumps({"key": HOSTILE[0], "cause": HOSTILE[5]}) + "\n{half a li")
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 161, HOSTILE[5]: 1.0}) + "\n")
+        file.write(json.dumps({"step": 161, HOSTILE[5]: 1.0, HOSTILE[2]: 2.0}) + "\n")
     page, said = opened(chromium, report.report(tmp_path / "run", "dev", 4))
     assert page.locator("#list > li").count() == len(HOSTILE) and page.evaluate("window.broken") is None
     page.fill("#search", "onerror")

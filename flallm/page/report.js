@@ -40,25 +40,4 @@
       if (word && video.duration) video.currentTime = word.dataset.at * video.duration;
     });
   }
-
-  // Curves.
-  const charts = JSON.parse(document.getElementById("data")?.textContent ?? "[]");
-  const plots = [];
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
-  for (const place of $(".chart")) {
-    const chart = charts[place.dataset.chart];
-    const axis = { stroke: () => colour("--faint"), grid: { stroke: () => colour("--line"), width: 1 }, ticks: { show: false } };
-    plots.push([place, new uPlot({
-      width: place.clientWidth,
-      height: 220,
-      scales: { x: { time: false } },
-      axes: [axis, { ...axis, size: 60, values: (_, values) => values.map((value) => (value && Math.abs(value) < 0.01 ? value.toExponential() : value)) }],
-      series: [
-        { label: "step" },
-        ...chart.series.map(({ label }, i) => ({ label: label || chart.title, stroke: () => colour(["--accent", "--other", "--third"][i % 3]), width: 2, dash: [[], [8, 4], [2, 3]][i % 3], spanGaps: true })),
-      ],
-    }, [chart.x, ...chart.series.map(({ values }) => values)], place)]);
-  }
-  new ResizeObserver(() => plots.forEach(([place, plot]) => plot.setSize({ width: place.clientWidth, height: 220 }))).observe(document.body);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.forEach(([, plot]) => plot.redraw(false)));
 })();
