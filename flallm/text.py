@@ -77,7 +77,7 @@ class Text:
             raise UserError(f"llm.language: {llm.language!r} is no language code of {llm.path}, which has {', '.join(sorted(codes))}")
         if not self.config.is_encoder_decoder:
             return [self.end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id]
-        default = self.config.decoder_start_token_id
+        default = getattr(self.config, "decoder_start_token_id", None)
         if llm.language:
             return [self.end, codes[llm.language]] if default == self.end else [codes[llm.language]]
         if codes and default in (None, self.end):

@@ -149,7 +149,8 @@ def load_shape(config: LLM) -> PretrainedConfig:
         families = f"{', '.join(DROPOUT)} and decoder-only models with attention maps and beam search"
         raise UserError(f"llm.path: {config.path} is a {shape.model_type} model; stage 2 takes {families}, such as llama: see docs/llm.md")
     words = shape.get_text_config()
-    if words.pad_token_id is not None and not 0 <= words.pad_token_id < words.vocab_size:
+    pad = getattr(words, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < words.vocab_size:
         words.pad_token_id = None  # of a token that was added to the tokenizer alone; PyTorch makes no embedding table with it
     return shape
 
