@@ -22,6 +22,7 @@ paper: install
 lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
 
 test: install
 	.venv/bin/python -m pytest

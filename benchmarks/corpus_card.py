@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from figures import figure
 
-from flallm import cli, metrics
-from flallm.corpora import synthetic
-from flallm.loader import IGNORE
-from flallm.shards import Shards
+from flallm import cli
+from flallm.data.corpora import synthetic
+from flallm.data.dataset import IGNORE_INDEX
+from flallm.data.reader import Shards
+from flallm.evaluation import metrics
 
 BATCH, RATE, BEAM, TOKENS = 32, 5e-4, 5, 48
 # Few signs have none that join clauses. Assimilation is a matter of video alone.
@@ -53,10 +54,10 @@ def bleu4(train: list[tuple[str, str]], test: list[tuple[str, str]], llm: str, s
     model.train()
     for _ in range(steps):
         picked = [train[i] for i in rng.integers(len(train), size=BATCH)]
-        labels = padded([text for _, text in picked], IGNORE)
+        labels = padded([text for _, text in picked], IGNORE_INDEX)
         before = torch.cat([labels.new_full((len(labels), 1), model.config.decoder_start_token_id), labels[:, :-1]], 1)
-        logits = model(**read([source for source, _ in picked]), decoder_input_ids=before.masked_fill(before == IGNORE, tokenizer.pad_token_id)).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE).backward()
+        logits = model(**read([source for source, _ in picked]), decoder_input_ids=before.masked_fill(before == IGNORE_INDEX, tokenizer.pad_token_id)).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -69,7 +70,7 @@ def bleu4(train: list[tuple[str, str]], test: list[tuple[str, str]], llm: str, s
     return metrics.bleu4(said, [text for _, text in test], "raw")
 
 
-def card(shards: str, llm: str, *, steps: str = "800") -> cli.Job:
+def card(shards: str, llm: str, *, steps: str = "800") -> cli.DeferredCommand:
     """Prints both bounds.
 
     Args:
@@ -77,7 +78,7 @@ def card(shards: str, llm: str, *, steps: str = "800") -> cli.Job:
         llm: the folder of a small mBART
         steps: of fine-tuning
     """
-    number = cli.whole("steps", steps)
+    number = cli.parse_int("steps", steps)
 
     def work() -> None:
         train, test = rows(shards, "train"), rows(shards, "test")
@@ -85,17 +86,17 @@ def card(shards: str, llm: str, *, steps: str = "800") -> cli.Job:
             pairs = [[("" if blind else gloss, text) for gloss, text in part] for part in (train, test)]
             figure(name, round(bleu4(*pairs, llm, number), 2), "BLEU-4", f"{len(test)} sentences, {number} steps")
 
-    return cli.Job(work)
+    return cli.DeferredCommand(work)
 
 
-def dials(llm: str, *, steps: str = "800") -> cli.Job:
+def dials(llm: str, *, steps: str = "800") -> cli.DeferredCommand:
     """Prints the upper bound of bench, and with one dial after the other at the demo's value. Sentences are drawn, nothing is rendered.
 
     Args:
         llm: the folder of a small mBART, of bench's text
         steps: of fine-tuning
     """
-    number = cli.whole("steps", steps)
+    number = cli.parse_int("steps", steps)
 
     def work() -> None:
         bench, demo = synthetic.PRESETS["bench"], synthetic.DEMO
@@ -109,7 +110,7 @@ def dials(llm: str, *, steps: str = "800") -> cli.Job:
             said = ",".join(f"{name}={value}" for name, value in back.items())
             figure("glossed_bleu4", round(bleu4(train, test, llm, number), 2), "BLEU-4", detail, dials=said)
 
-    return cli.Job(work)
+    return cli.DeferredCommand(work)
 
 
 if __name__ == "__main__":

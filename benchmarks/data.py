@@ -21,14 +21,17 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from figures import figure, main, peak_bytes
 from PIL import Image
 
-from flallm import usable_cpus, video
 from flallm.config import Data
-from flallm.corpora import Clip, synthetic
-from flallm.cost import CORPORA
-from flallm.encode import Options
-from flallm.loader import Clips, batches
-from flallm.plan import TEXT_COST, Plan, training_groups
-from flallm.shards import COLUMNS, Shards, _save, make_shards
+from flallm.data.clips import Clip
+from flallm.data.corpora import synthetic
+from flallm.data.dataset import ClipDataset, batches
+from flallm.data.encode import EncodeOptions
+from flallm.data.reader import COLUMNS, Shards
+from flallm.data.sampler import TEXT_COST, BatchSampler, rank_batches
+from flallm.data.shards import _save, make_shards
+from flallm.data.transforms import decode, used_frames
+from flallm.planning.estimate import CORPORA
+from flallm.utils import usable_cpus
 
 HEIGHT, WIDTH = 260, 210  # PHOENIX14T's frames
 CLIPS, ROUNDS = 96, 3
@@ -48,7 +51,7 @@ class Narrow:
         return fps, ((seconds, av.VideoFrame.from_ndarray(image, "rgb24")) for seconds, image in images)
 
 
-class Words:
+class StubTokenizer:
     """Stands where a tokenizer does: this is about video."""
 
     def encode(self, text: str) -> list[int]:
@@ -60,9 +63,9 @@ class Corpus:
 
     def __init__(self, folder: Path):
         clips = [Clip(c.key, c.split, c.text, Narrow(c.media)) for c in synthetic.clips(train=CLIPS, dev=0, test=0, size=HEIGHT)]
-        make_shards(clips, folder / "shards", Options(), {"name": "bench"})
+        make_shards(clips, folder / "shards", EncodeOptions(), {"name": "bench"})
         self.data = Data(shards=str(folder / "shards"))
-        self.clips, self.png_bytes, self.squared_error, self.pngs = Clips("train", self.data, 0), 0, [], []
+        self.clips, self.png_bytes, self.squared_error, self.pngs = ClipDataset("train", self.data, 0), 0, [], []
         for n, clip in enumerate(clips):
             decoded = av.open(io.BytesIO(self.clips.shards.read(n)[0])).decode(video=0)
             kept = []
@@ -80,7 +83,7 @@ class Corpus:
 
     def loader(self, workers: int, rounds: int = 2, epoch: int | None = 0) -> float:
         """Clips a second once the workers have started."""
-        stream = batches(self.clips, Words(), self.groups(rounds + 1, epoch), workers)
+        stream = batches(self.clips, StubTokenizer(), self.groups(rounds + 1, epoch), workers)
         seen, began = 0, 0.0
         for i, batch in enumerate(stream):
             if i == CLIPS // 8 - 1:
@@ -145,14 +148,14 @@ def speed(folder: Path) -> None:
 def lengths(clips: int) -> tuple[np.ndarray, np.ndarray]:
     """(used frames, characters of text) of clips with PHOENIX14T's lengths."""
     frames, texts = replace(CORPORA["phoenix14t"], clips=clips).lengths()
-    return video.used_frames(frames, 4, 300), texts
+    return used_frames(frames, 4, 300), texts
 
 
 def balance(_: Path) -> None:
     frames, texts = lengths(7096)
     padding = {}
     for ranks in (8, 64, 256):
-        plan = Plan(frames, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"])
+        plan = BatchSampler(frames, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"])
         shares, padded, tokens, means = [], 0, 0, []
         for epoch in range(1 if ranks < 64 else 4):
             for step in range(plan.steps(epoch)):
@@ -178,14 +181,14 @@ def ten_million(folder: Path) -> None:
     clips, ranks = 10**7, 1024
     frames, texts = lengths(clips)
     began = time.perf_counter()
-    plan = Plan(frames, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"])
+    plan = BatchSampler(frames, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"])
     mine = sum(len(plan.rank_step(0, step, 5)[0]) for step in range(plan.steps(0)))
     figure("plan_10m_seconds", time.perf_counter() - began, "s", f"{plan.steps(0)} steps of {ranks} ranks, {mine} clips of rank 5")
     figure("plan_10m_gib", peak_bytes() / 2**30, "GiB", "peak of the whole process, this corpus' arrays included")
     del plan
 
     # An index of ten million rows over one real shard.
-    make_shards(synthetic.clips(train=64, dev=0, test=0), folder / "big", Options(short_side=72), {"name": "bench"})
+    make_shards(synthetic.clips(train=64, dev=0, test=0), folder / "big", EncodeOptions(short_side=72), {"name": "bench"})
     small, pick = Shards(folder / "big", "train").index, np.arange(clips) % 64
     _save({name: small[name][pick] for name in COLUMNS}, folder / "big/train.index.safetensors")
     dataset = json.loads((folder / "big/dataset.json").read_text(encoding="utf-8"))
@@ -193,9 +196,9 @@ def ten_million(folder: Path) -> None:
     (folder / "big/dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     began = time.perf_counter()
     data = Data(shards=str(folder / "big"), resize=72, crop=64)
-    opened = Clips("train", data, 0)
-    plan = Plan(opened.used, opened.shards.index["text_length"], 8 * ranks, 1, ranks, 0)
-    group = next(training_groups(plan, 5, 3 * plan.steps(0) + 700, 10**6))
+    opened = ClipDataset("train", data, 0)
+    plan = BatchSampler(opened.used, opened.shards.index["text_length"], 8 * ranks, 1, ranks, 0)
+    group = next(rank_batches(plan, 5, 3 * plan.steps(0) + 700, 10**6))
     opened.shards.read(group[0][1])
     figure("resume_10m_seconds", time.perf_counter() - began, "s", "index opened, epoch 3 planned, step 700, the first clip's bytes read")
 
@@ -217,11 +220,11 @@ def all_bytes() -> int:
 
 
 def growth(folder: Path) -> None:
-    make_shards(synthetic.clips(train=200, dev=0, test=0), folder / "demo", Options(short_side=72), {"name": "bench"})
-    clips = Clips("train", Data(shards=str(folder / "demo"), resize=72, crop=64, prefetch_mib=64), 0)
+    make_shards(synthetic.clips(train=200, dev=0, test=0), folder / "demo", EncodeOptions(short_side=72), {"name": "bench"})
+    clips = ClipDataset("train", Data(shards=str(folder / "demo"), resize=72, crop=64, prefetch_mib=64), 0)
     groups = ([(0, (4 * i + k) % 200) for k in range(4)] for i in range(2100))
     sizes: dict[int, int] = {}
-    for i, _batch in enumerate(batches(clips, Words(), groups, 2), 1):
+    for i, _batch in enumerate(batches(clips, StubTokenizer(), groups, 2), 1):
         if i in (200, 2000):
             sizes[i] = all_bytes()
     figure(
@@ -234,7 +237,7 @@ def growth(folder: Path) -> None:
 
 def sources(_: Path) -> None:
     """Frames a second on one core from 720p, and from shards, all frames and every 4th."""
-    from flallm.encode import encode
+    from flallm.data.encode import encode
 
     def rate(data: bytes, decode: Callable[[bytes], object], frames: int) -> float:
         best = 0.0
@@ -245,8 +248,8 @@ def sources(_: Path) -> None:
         return best
 
     clip = max(synthetic.clips(train=40, dev=0, test=0, size=720), key=lambda c: len(c.gloss or ""))
-    large, meta = encode(clip, Options(short_side=720))
-    small, _ = encode(clip, Options())
+    large, meta = encode(clip, EncodeOptions(short_side=720))
+    small, _ = encode(clip, EncodeOptions())
     n = meta["num_frames"]
 
     def everything(data: bytes):
@@ -254,7 +257,7 @@ def sources(_: Path) -> None:
 
     for name, data in (("720x720", large), ("256x256", small)):
         detail = f"source frames a second, one thread; decoding alone without any scaling: {rate(data, everything, n):.0f}"
-        figure(f"frames_per_s_{name}", rate(data, lambda d: video.decode(d, 256, 4, 10**6, n), n), "frames/s", detail)
+        figure(f"frames_per_s_{name}", rate(data, lambda d: decode(d, 256, 4, 10**6, n), n), "frames/s", detail)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python benchmarks/evaluation.py DEMO [FIGURE …]          # DEMO: the folder th
 
 from __future__ import annotations
 
-# What is slow to import is imported where it is used, as in flallm/cli.py: every worker that decodes imports this file anew.
 import json
 import random
 import shutil
@@ -18,13 +17,17 @@ from pathlib import Path
 
 from figures import figure
 
+# What is slow to import is imported where it is used, as in flallm/cli.py: every worker that decodes imports this file anew.
+from flallm.distributed.context import init_distributed
+from flallm.distributed.launch import spawn
+
 SENTENCES = 2500
 
 
 def score(_: Path) -> None:
     """All conventions with intervals, on sentences of PHOENIX14T's length (two of the embedded corpus in one), every fifth word of the hypotheses wrong."""
-    from flallm import metrics
-    from flallm.corpora import synthetic
+    from flallm.data.corpora import synthetic
+    from flallm.evaluation import metrics
 
     texts = [text for _, text in synthetic.sentences("text", 2 * SENTENCES)]
     references = [" ".join(pair) for pair in zip(texts[::2], texts[1::2])]
@@ -44,11 +47,10 @@ def score(_: Path) -> None:
 
 def evaluate(demo: Path) -> None:
     """Clips/s of stage 2's test clips, workers' start included: the recipe's batch against clips one by one, in turns; and two ranks against one."""
-    from flallm import engine
 
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2):
-            engine.launch(_decode, ranks, demo / "stage2", Path(folder) / f"{ranks}.json")
+            spawn(_decode, ranks, demo / "stage2", Path(folder) / f"{ranks}.json")
         one, two = (json.loads((Path(folder) / f"{ranks}.json").read_text(encoding="utf-8")) for ranks in (1, 2))
     batch = one["batch"]
     figure("evaluate_batch_ratio", one["many"] / one["single"], "ratio", f"{one['many']:.1f} clips/s at batch {batch}, {one['single']:.1f} one by one")
@@ -61,10 +63,9 @@ def evaluate(demo: Path) -> None:
 
 
 def _decode(run: Path, out: Path) -> None:
-    from flallm import engine
-    from flallm.evaluate import decode_split, load_run
+    from flallm.evaluation.decode import decode_split, load_run
 
-    ranks = engine.join()
+    ranks = init_distributed()
     model, config = load_run(run, ranks.device)
     speeds: dict[str, list[float]] = {"many": [], "single": []}
     for turn in range(4):
@@ -73,14 +74,14 @@ def _decode(run: Path, out: Path) -> None:
             predictions, _ = decode_split(model, config, "test", ranks, decode, workers=config.data.workers)
             if turn:  # the first warms up
                 speeds[name].append(len(predictions) / (time.monotonic() - began))
-    if ranks.first:
+    if ranks.is_main:
         out.write_text(json.dumps({name: statistics.median(found) for name, found in speeds.items()} | {"batch": config.decode.batch}), encoding="utf-8")
 
 
 def page(demo: Path) -> None:
     from playwright.sync_api import sync_playwright
 
-    from flallm.report import report
+    from flallm.report.report import report
 
     began = time.perf_counter()
     path = report(demo / "stage2", "test", 24)

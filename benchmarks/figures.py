@@ -30,8 +30,8 @@ def main(figures: dict[str, Callable[[Path], None]]) -> None:
 
 def small_llm(out: Path, **shape: int) -> None:
     """A language model that has learnt nothing, as good as any where time is measured."""
-    from flallm.corpora import synthetic
-    from flallm.pretrain import pretrain
+    from flallm.data.corpora import synthetic
+    from flallm.demo.pretrain import pretrain
 
     with contextlib.redirect_stdout(sys.stderr):
         pretrain([text for _, text in synthetic.sentences("text", 3000)], out, **shape)

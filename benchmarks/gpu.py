@@ -24,12 +24,16 @@ from pathlib import Path
 import torch
 
 from flallm import config as cfg
-from flallm import cost, engine, first_line, usable_cpus
-from flallm.corpora import synthetic
-from flallm.loader import Batch
+from flallm.data.corpora import synthetic
+from flallm.data.dataset import Batch
+from flallm.data.transforms import used_frames
+from flallm.demo.pretrain import pretrain
+from flallm.distributed.context import init_distributed, shutdown
+from flallm.distributed.prefetch import prefetch_to_device
 from flallm.model.translator import Translator
-from flallm.pretrain import pretrain
-from flallm.video import used_frames
+from flallm.planning import estimate as cost
+from flallm.training.step import start_engine, train_step
+from flallm.utils import first_line, usable_cpus
 
 TOKENS, WARM, TIMED, CLIPS = 30, 4, 10, 640
 # name -> (stage, clips of the micro-batch, features in place of video, what differs from the recipe)
@@ -75,7 +79,7 @@ def product() -> float:
     return statistics.median(seconds)
 
 
-def case(name: str, out: Path) -> tuple[cfg.Config, cost.Words, list[int], bool]:
+def case(name: str, out: Path) -> tuple[cfg.Config, cost.StubTokenizer, list[int], bool]:
     stage, clips, features, changes = CASES[name]
     changes = {"llm.path": "facebook/mbart-large-cc25", "encoder.weights": "none", **changes}
     shape = cost.SHAPES[changes["llm.path"]] | {k: changes.pop(k) for k in ("vocab_size",) if k in changes}
@@ -83,7 +87,7 @@ def case(name: str, out: Path) -> tuple[cfg.Config, cost.Words, list[int], bool]
     (out / name / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     config = cfg.load("phoenix14t", stage, changes | {"llm.path": str(out / name)})
     frames, _ = cost.CORPORA["phoenix14t"].lengths()
-    return config, cost.Words(shape["vocab_size"]), used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(), features
+    return config, cost.StubTokenizer(shape["vocab_size"]), used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(), features
 
 
 def steps(out: Path, names: Iterable[str] = CASES) -> None:
@@ -105,32 +109,32 @@ def steps(out: Path, names: Iterable[str] = CASES) -> None:
         )  # fmt: skip
 
 
-def prepared(config: cfg.Config, text: cost.Words, lengths: list[int], features: bool):
+def prepared(config: cfg.Config, text: cost.StubTokenizer, lengths: list[int], features: bool):
     """(engine, a batch on the host, ranks)"""
-    ranks = engine.join()
+    ranks = init_distributed()
     torch.manual_seed(0)
     with ranks.device:
         model = Translator(config, text, weights=False).train()
-    zero2 = engine.start_engine(model, config.train, ranks)
+    zero2 = start_engine(model, config.train, ranks)
     shape, dtype = ((config.encoder.channels,), torch.bfloat16) if features else ((config.data.crop, config.data.crop, 3), torch.uint8)
     frames = torch.randint(0, 255, (sum(lengths), *shape), dtype=torch.uint8).to(dtype)
     labels = torch.randint(5, 2000, (len(lengths), TOKENS))
     return zero2, Batch(frames, torch.tensor(lengths), labels, [""] * len(lengths), [""] * len(lengths), []), ranks
 
 
-def measured(config: cfg.Config, text: cost.Words, lengths: list[int], features: bool, deterministic: bool) -> tuple[float, int, int, int]:
+def measured(config: cfg.Config, text: cost.StubTokenizer, lengths: list[int], features: bool, deterministic: bool) -> tuple[float, int, int, int]:
     """(median seconds of a step, peak bytes of tensors, peak bytes that the allocator held, bytes of the process besides)"""
     zero2, batch, ranks = prepared(config, text, lengths, features)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     ends = []
-    for sent in engine.on_the_way((batch for _ in range(WARM + TIMED)), ranks.device):
-        engine.train_step(zero2, [sent], ranks)
+    for sent in prefetch_to_device((batch for _ in range(WARM + TIMED)), ranks.device):
+        train_step(zero2, [sent], ranks)
         torch.cuda.synchronize()
         ends.append(time.perf_counter())
     seconds = [after - before for before, after in pairwise(ends[WARM - 1 :])]
     free, total = torch.cuda.mem_get_info()
     found = statistics.median(seconds), torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free - torch.cuda.memory_reserved()
-    engine.leave()
+    shutdown()
     return found
 
 
@@ -139,13 +143,13 @@ def profile(out: Path) -> None:
     config, text, lengths, features = case("stage2_features_16", out / "profile")
     zero2, batch, ranks = prepared(config, text, lengths, features)
     for _ in range(WARM):
-        engine.train_step(zero2, [batch], ranks)
+        train_step(zero2, [batch], ranks)
     with torch.profiler.profile() as profiler:
-        engine.train_step(zero2, [batch], ranks)
+        train_step(zero2, [batch], ranks)
         torch.cuda.synchronize()
     for by in ("self_device_time_total", "self_cpu_time_total"):
         print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=80), file=sys.stderr, flush=True)
-    engine.leave()
+    shutdown()
 
 
 def run(*arguments: str) -> str:

@@ -14,10 +14,12 @@ from pathlib import Path
 import av
 import numpy as np
 
-from flallm import UserError, cli, make_folder, usable_cpus, visible_files
-from flallm.corpora import Clip, VideoFile
-from flallm.corpora.synthetic import split_of
-from flallm.encode import Options, encode_all
+from flallm import cli
+from flallm.data.clips import Clip
+from flallm.data.corpora.synthetic import split_of
+from flallm.data.encode import EncodeOptions, encode_all
+from flallm.data.video import VideoFile
+from flallm.utils import UserError, ensure_dir, usable_cpus, visible_files
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def sentences(words: list[str], split: str, count: int, longest: int, seed: int)
 
 def join(
     videos: str, *, out: str, train: str = "2000", dev: str = "100", test: str = "250", longest: str = "5", seed: str = "0", short_side: str = "256"
-) -> cli.Job:
+) -> cli.DeferredCommand:
     """Writes DIR/<split>/<number>.mp4 and DIR/clips.tsv.
 
     Args:
@@ -63,7 +65,7 @@ def join(
         short_side: pixels
     """
     given = {"train": train, "dev": dev, "test": test, "longest": longest, "seed": seed, "short_side": short_side}
-    numbers = {name: cli.whole(name, value) for name, value in given.items()}
+    numbers = {name: cli.parse_int(name, value) for name, value in given.items()}
     if not numbers["longest"]:
         raise UserError("--longest: a sentence has at least one word")
     files: dict[str, VideoFile] = {}
@@ -77,11 +79,11 @@ def join(
 
     def work() -> None:
         for split in ("train", "dev", "test"):
-            make_folder(Path(out) / split)
+            ensure_dir(Path(out) / split)
         said = [(split, one) for split in ("train", "dev", "test") for one in sentences(words, split, numbers[split], numbers["longest"], numbers["seed"])]
         clips = (Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one))) for i, (split, one) in enumerate(said))
         rows = [("video", "text", "split")]
-        for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, Options(short_side=numbers["short_side"]), usable_cpus()))):
+        for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, EncodeOptions(short_side=numbers["short_side"]), usable_cpus()))):
             if isinstance(done, str):
                 raise UserError(f"{' + '.join(one)}: {done}")
             path = Path(out) / split / f"{i:06d}.mp4"
@@ -92,7 +94,7 @@ def join(
         text = sentences(words, "train", 20_000, numbers["longest"], numbers["seed"] + 1)
         (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text), encoding="utf-8")
 
-    return cli.Job(work)
+    return cli.DeferredCommand(work)
 
 
 if __name__ == "__main__":

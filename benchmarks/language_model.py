@@ -21,38 +21,41 @@ from figures import figure, main, peak_bytes, small_llm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, MBartConfig
 
 from flallm import config as cfg
-from flallm import cost, engine
-from flallm.corpora import synthetic
-from flallm.encode import Options
-from flallm.features import features
-from flallm.loader import Batch, Clips, batches
+from flallm.data.corpora import synthetic
+from flallm.data.dataset import Batch, ClipDataset, batches
+from flallm.data.encode import EncodeOptions
+from flallm.data.shards import make_shards
+from flallm.data.tokenizer import TranslationTokenizer
+from flallm.distributed.context import init_distributed, shutdown
+from flallm.inference.features import features
 from flallm.model.translator import Translator
-from flallm.shards import make_shards
-from flallm.text import Text
-from flallm.train import take_encoder, train
+from flallm.planning import estimate as cost
+from flallm.training.resume import load_stage1_encoder
+from flallm.training.step import start_engine, train_step
+from flallm.training.train import train
 
 
 def features_vs_video(out: Path) -> None:
     """Clips/s of stage-2 steps of 16 clips (the demo's, a rank), reading included, with the paper's encoder at 224 pixels and the demo's language model."""
     said, sys.stdout = sys.stdout, sys.stderr
-    make_shards(synthetic.clips(train=48, dev=1, test=0), out / "shards", Options(), {"name": "synthetic"})
+    make_shards(synthetic.clips(train=48, dev=1, test=0), out / "shards", EncodeOptions(), {"name": "synthetic"})
     small_llm(out / "llm", layers=3, width=192, heads=4, steps=2)
     encoder = {"encoder.stem": 64, "encoder.widths": [64, 128, 256, 512], "encoder.depths": [2, 2, 2, 2], "encoder.channels": 1024}
     settings = {"llm.path": str(out / "llm"), "data.resize": 256, "data.crop": 224, "data.workers": 1, "train.batch": 2, "train.steps": 1, **encoder}
     video = cfg.load("demo", "stage1", settings | {"data.shards": str(out / "shards")})
-    ranks = engine.join()
+    ranks = init_distributed()
     train(video, out / "stage1", ranks)
     features(out / "stage1", out / "features", ranks, "bf16", 0)
     times: dict[str, list[float]] = {"shards": [], "features": []}
     for _ in range(2):
         for name, seconds in times.items():
             config = cfg.load("demo", "stage2", settings | {"data.shards": str(out / name), "train.batch": 16})
-            model, clips = Translator(config, Text(config.llm)), Clips("train", config.data, 0)
-            take_encoder(model, config, out / "stage1")
-            zero2, groups = engine.start_engine(model.train(), config.train, ranks), [[(0, n) for n in range(m, m + 16)] for m in (0, 16, 32)]
+            model, clips = Translator(config, TranslationTokenizer(config.llm)), ClipDataset("train", config.data, 0)
+            load_stage1_encoder(model, config, out / "stage1")
+            zero2, groups = start_engine(model.train(), config.train, ranks), [[(0, n) for n in range(m, m + 16)] for m in (0, 16, 32)]
             ends = []
             for batch in batches(clips, model.text, groups, 1):
-                engine.train_step(zero2, [batch], ranks)
+                train_step(zero2, [batch], ranks)
                 ends.append(time.monotonic())
             seconds += [b - a for a, b in pairwise(ends)]  # the first step starts workers and kernels
     sys.stdout = said
@@ -76,7 +79,7 @@ def plan_memory_error(out: Path) -> None:
     for stage, precision, shape, lengths in PLANNED:
         MBartConfig(**shape).save_pretrained(out)
         config = cfg.load("phoenix14t", stage, {"llm.path": str(out), "train.precision": precision, "encoder.weights": "none"})
-        text = cost.Words(shape["vocab_size"])
+        text = cost.StubTokenizer(shape["vocab_size"])
         planned = cost.memory(config, cost.dry_step(config, text, lengths, 30), 1, cost.device("cpu", 1, config.train))[-1].value
         measured, _ = _alone(_peak, config, text, lengths)
         errors.append(abs(planned - measured) / measured)
@@ -84,17 +87,17 @@ def plan_memory_error(out: Path) -> None:
     figure("plan_memory_error", max(errors), "share", "GiB: " + "; ".join(detail))
 
 
-def _peak(config: cfg.Config, text: cost.Words, lengths: list[int], features: bool = False, steps: int = 3) -> tuple[int, float]:
+def _peak(config: cfg.Config, text: cost.StubTokenizer, lengths: list[int], features: bool = False, steps: int = 3) -> tuple[int, float]:
     """(peak bytes, seconds of the fastest step) of a process of its own; features: in the place of video."""
     os.environ.pop("RANK", None)  # a group of its own, whatever the parent is in
-    ranks, seconds = engine.join(), []
-    zero2 = engine.start_engine(Translator(config, text, weights=False).train(), config.train, ranks)
+    ranks, seconds = init_distributed(), []
+    zero2 = start_engine(Translator(config, text, weights=False).train(), config.train, ranks)
     frames = torch.randn(sum(lengths), config.encoder.channels) if features else torch.randint(0, 255, (sum(lengths), 224, 224, 3), dtype=torch.uint8)
     for _ in range(steps):
         began = time.monotonic()
-        engine.train_step(zero2, [Batch(frames, torch.tensor(lengths), torch.full((len(lengths), 30), text.end), [], [], [])], ranks)
+        train_step(zero2, [Batch(frames, torch.tensor(lengths), torch.full((len(lengths), 30), text.end), [], [], [])], ranks)
         seconds.append(time.monotonic() - began)
-    engine.leave()
+    shutdown()
     return peak_bytes(), min(seconds)
 
 
@@ -113,7 +116,7 @@ def trimmed(out: Path) -> None:
         with torch.device("meta"):
             model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(out))
         parameters = sum(p.numel() for p in model.parameters())
-        found[words] = (parameters, *_alone(_peak, config, cost.Words(words), [30, 30, 25, 20], True))
+        found[words] = (parameters, *_alone(_peak, config, cost.StubTokenizer(words), [30, 30, 25, 20], True))
     (small, peak, seconds), (whole, most, slow) = found.values()
     figure("trimmed_params_m", small / 1e6, "M", f"mBART-large with 2,500 words; {whole / 1e6:.1f} M with 250,027")
     figure(
@@ -132,7 +135,7 @@ def lora(out: Path) -> None:
     trained = []
     for rank in (16, 0):
         config = cfg.load("smollm2", "stage2", {"llm.path": str(out), "llm.lora.rank": rank})
-        step = cost.dry_step(config, cost.Words(49152), [8], 8)
+        step = cost.dry_step(config, cost.StubTokenizer(49152), [8], 8)
         trained.append(sum(part[0] for part in step.parts.values()))
     figure(
         "lora_state_ratio",
@@ -146,7 +149,7 @@ def beam(out: Path) -> None:
     """Clips/s of beam-5 decoding by the demo's language model, 20 tokens each, at batch 16 and one by one."""
     small_llm(out / "llm", layers=3, width=192, heads=4, steps=2)
     config = cfg.load("demo", "stage2", {"llm.path": str(out / "llm"), "decode.max_tokens": 20})
-    text = Text(config.llm)
+    text = TranslationTokenizer(config.llm)
     model = Translator(config, text).eval()
     batch = Batch(torch.randn(16 * 12, config.encoder.channels), torch.full((16,), 12), torch.zeros(16, 1, dtype=torch.long), [], [], [])
     ones = [Batch(frames, torch.tensor([12]), batch.labels[:1], [], [], []) for frames in batch.frames.split(12)]
@@ -167,4 +170,4 @@ FIGURES = {"features_vs_video": features_vs_video, "plan_memory_error": plan_mem
 
 if __name__ == "__main__":
     main(FIGURES)
-    engine.leave()
+    shutdown()

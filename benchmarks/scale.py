@@ -14,11 +14,11 @@ import torch
 from figures import figure
 
 from flallm import config as cfg
-from flallm import cost
-from flallm.loader import Batch
+from flallm.data.dataset import Batch
+from flallm.data.sampler import TEXT_COST, BatchSampler
+from flallm.data.transforms import used_frames
 from flallm.model.translator import Translator
-from flallm.plan import TEXT_COST, Plan
-from flallm.video import used_frames
+from flallm.planning import estimate as cost
 
 RANKS = (8, 64, 512)
 CLIPS = {"stage1": 8, "stage2": 16}  # a GPU and step
@@ -46,7 +46,7 @@ def efficiency() -> None:
     """What a micro-batch costs is fitted to its frames by forward and backward passes on one core; the plan is then run with costs that scatter likewise."""
     torch.set_num_threads(1)
     config = cfg.load("phoenix14t", "stage1", {"encoder.weights": "none", "data.crop": 112, "train.precision": "fp32"})
-    model, rng = Translator(config, cost.Words(2429)).train(), np.random.default_rng(0)
+    model, rng = Translator(config, cost.StubTokenizer(2429)).train(), np.random.default_rng(0)
     frames = np.sort(rng.integers(4, 76, 40))
     seconds = np.array([min(_seconds(model, int(n)) for _ in range(3)) for n in frames])
     b, a = np.polyfit(frames, seconds, 1)
@@ -60,7 +60,7 @@ def efficiency() -> None:
     lengths, texts = cost.CORPORA["web"].lengths()
     lengths = used_frames(lengths, 4, 300)
     for ranks in RANKS:
-        plan, shares = Plan(lengths, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"]), []
+        plan, shares = BatchSampler(lengths, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"]), []
         for step in range(min(100, plan.steps(0))):
             (parts,) = plan.step(0, step)
             work = np.array([a + b * lengths[clips].sum() for clips in parts]) * rng.choice(scatter, ranks)

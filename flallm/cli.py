@@ -15,35 +15,38 @@ from pathlib import Path
 import fire
 from fire.decorators import SetParseFn
 
-from flallm import UserError, config, usable_cpus
+from flallm import config
+from flallm.distributed.context import init_distributed, shutdown
+from flallm.distributed.failures import report_first_failure
+from flallm.utils import UserError, usable_cpus
 
 
-class Job:
+class DeferredCommand:
     """Work that waits until Fire has accepted the whole command line; what it returns is the exit code, None is 0."""
 
     def __init__(self, work: Callable[[], int | None]):
         self._work = work
 
 
-def whole(option: str, value: str, least: int = 0) -> int:
+def parse_int(option: str, value: str, least: int = 0) -> int:
     """The whole number that an option was given."""
     if not value.isdecimal() or int(value) < least:
         raise UserError(f"--{option}: {value!r} is not a whole number" + f" from {least} on" * bool(least))
     return int(value)
 
 
-def demo(*, out: str = "flallm-demo") -> Job:
+def demo(*, out: str = "flallm-demo") -> DeferredCommand:
     """The whole job on an embedded corpus: shards, stage 1, stage 2, scores and a translated clip, in some ten minutes on two cores.
 
     Args:
         out: the folder to write into
     """
-    from flallm.demo import demo
+    from flallm.demo.demo import demo
 
-    return Job(lambda: demo(Path(out)))
+    return DeferredCommand(lambda: demo(Path(out)))
 
 
-def stage1(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
+def stage1(recipe: str, *, run_dir: str | None = None, **overrides: str) -> DeferredCommand:
     """Visual initialing: trains the visual encoder with a light translation model (Light-T) behind it.
 
     Args:
@@ -54,7 +57,7 @@ def stage1(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
     return _training("stage1", recipe, run_dir, overrides)
 
 
-def stage2(recipe: str, *, stage1: str, run_dir: str | None = None, **overrides: str) -> Job:
+def stage2(recipe: str, *, stage1: str, run_dir: str | None = None, **overrides: str) -> DeferredCommand:
     """LLM fine-tuning: trains a large language model on the frozen visual encoder of a stage-1 run.
 
     Args:
@@ -66,7 +69,7 @@ def stage2(recipe: str, *, stage1: str, run_dir: str | None = None, **overrides:
     return _training("stage2", recipe, run_dir, overrides, Path(stage1))
 
 
-def joint(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
+def joint(recipe: str, *, run_dir: str | None = None, **overrides: str) -> DeferredCommand:
     """The end-to-end baseline: encoder and large language model trained together, nothing frozen.
 
     Args:
@@ -77,20 +80,20 @@ def joint(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Job:
     return _training("joint", recipe, run_dir, overrides)
 
 
-def _training(stage: str, recipe: str, run_dir: str | None, overrides: dict[str, str], stage1: Path | None = None) -> Job:
+def _training(stage: str, recipe: str, run_dir: str | None, overrides: dict[str, str], stage1: Path | None = None) -> DeferredCommand:
     resolved = config.load(recipe, stage, overrides)
     run = Path(run_dir or f"runs/{resolved.name or Path(recipe).stem}-{stage}")
 
     def work() -> None:
-        from flallm.train import train
+        from flallm.training.train import train
 
         with _ranks(resolved.train.timeout) as ranks:
             train(resolved, run, ranks, stage1)
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def evaluate(run: str, *, split: str = "test", shards: str = "") -> Job:
+def evaluate(run: str, *, split: str = "test", shards: str = "") -> DeferredCommand:
     """Decodes a split with a run's best checkpoint, and writes predictions/<split>.jsonl and scores/<split>.json.
 
     Args:
@@ -100,17 +103,17 @@ def evaluate(run: str, *, split: str = "test", shards: str = "") -> Job:
     """
 
     def work() -> None:
-        from flallm.evaluate import evaluate
+        from flallm.evaluation.decode import evaluate
 
         with _ranks() as ranks, _shards_option(shards):
             scores = evaluate(Path(run), split, ranks, shards)
-            if ranks.first:
+            if ranks.is_main:
                 print(json.dumps(scores, indent=1))
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0", shards: str = "") -> Job:
+def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0", shards: str = "") -> DeferredCommand:
     """Writes the sign-wise features of a run's encoder as shards: stage 2 takes them by --data.shards in place of video, and so does what is done with its run.
 
     Args:
@@ -122,18 +125,18 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0", shar
     """
     if dtype not in ("bf16", "fp16", "fp32"):
         raise UserError(f"--dtype: {dtype!r} is none of bf16, fp16, fp32")
-    number = whole("copies", copies)
+    number = parse_int("copies", copies)
 
     def work() -> None:
-        from flallm.features import TIMEOUT, features
+        from flallm.inference.features import TIMEOUT, features
 
         with _ranks(TIMEOUT) as ranks, _shards_option(shards):
             features(Path(run), Path(out), ranks, dtype, number, shards)
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str = "0") -> Job:
+def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str = "0") -> DeferredCommand:
     """Writes a pre-trained model without the tokens that the training text of a data set does not need; `--llm.path=OUT` then names it.
 
     Args:
@@ -143,21 +146,21 @@ def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str 
         text: a file with other text of the language, a sentence a line …
         most: … of which so many of the most frequent tokens are kept as well, for words that training lacks
     """
-    number = whole("most", most)
+    number = parse_int("most", most)
     if bool(text) != bool(number):
         raise UserError("--text and --most belong together: a file, and how many of its tokens to keep")
     if text and not Path(text).is_file():
         raise UserError(f"--text: {text} does not exist")
 
     def work() -> None:
-        from flallm.trim import trim
+        from flallm.model.trim import trim
 
         print(trim(llm, shards, Path(out), Path(text) if text else None, number))
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | None = None, clips_per_s: str | None = None, **overrides: str) -> Job:
+def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | None = None, clips_per_s: str | None = None, **overrides: str) -> DeferredCommand:
     """What a recipe will take on so many GPUs: parameters, memory, steps, hours, communication, decoding, checkpoints. Exit code 1: it does not fit.
 
     Args:
@@ -168,7 +171,7 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
         clips_per_s: of the whole job, where they were measured, in place of a computed step; needs --stage
         overrides: fields of the recipe, as in --train.batch=64
     """
-    ranks = whole("world_size", world_size, 1)
+    ranks = parse_int("world_size", world_size, 1)
     if clips_per_s and not stage:
         raise UserError("--clips_per_s belongs to one stage: name it with --stage")
     if clips_per_s and not (clips_per_s.replace(".", "", 1).isdecimal() and float(clips_per_s)):
@@ -179,7 +182,7 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
     resolved = [config.load(recipe, name, overrides) for name in stages]
 
     def work() -> int:
-        from flallm import cost
+        from flallm.planning import estimate as cost
 
         code = 0
         for one in resolved:
@@ -191,10 +194,10 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
                 code = 1
         return code
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown", shards: str = "") -> Job:
+def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown", shards: str = "") -> DeferredCommand:
     """Writes a run's best model as a folder of its own, with a model card: `flallm.load(OUT).translate(video)`.
 
     Args:
@@ -208,15 +211,15 @@ def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown"
         raise UserError(f"--lora: {lora!r} is neither merged nor separate")
 
     def work() -> None:
-        from flallm.export import export
+        from flallm.inference.export import export
 
         with _shards_option(shards):
             export(Path(run), Path(out), lora == "merged", license, shards)
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> Job:
+def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> DeferredCommand:
     """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
 
     Args:
@@ -226,17 +229,18 @@ def score(hypotheses: str, references: str | None = None, *, convention: str = "
     """
 
     def work() -> None:
-        from flallm import metrics, results
+        from flallm.evaluation import metrics
+        from flallm.evaluation import sentences as results
 
         names = list(metrics.CONVENTIONS) if convention == "all" else [convention]
         said, meant, _ = results.pairs(Path(hypotheses), Path(references) if references else None)
         scores = metrics.scores(said, meant, names)
         print(json.dumps(scores if convention == "all" else scores[convention], indent=1))
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
+def compare(run_a: str, run_b: str, *, split: str = "test") -> DeferredCommand:
     """Two evaluated runs side by side: scores with paired tests, what differs in their configs, the sentences that changed most.
 
     Args:
@@ -246,14 +250,14 @@ def compare(run_a: str, run_b: str, *, split: str = "test") -> Job:
     """
 
     def work() -> None:
-        from flallm.compare import compare
+        from flallm.evaluation.compare import compare
 
         print(compare(Path(run_a), Path(run_b), split))
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def probe(run: str, *, split: str = "test", shards: str = "") -> Job:
+def probe(run: str, *, split: str = "test", shards: str = "") -> DeferredCommand:
     """How much of a run's score comes from seeing: decodes a split from spoilt videos too, scores it in parts, and writes probes/<split>.json.
 
     Args:
@@ -263,17 +267,17 @@ def probe(run: str, *, split: str = "test", shards: str = "") -> Job:
     """
 
     def work() -> None:
-        from flallm.probe import probe, table
+        from flallm.evaluation.probe import probe, table
 
         with _ranks() as ranks, _shards_option(shards):
             found = probe(Path(run), split, ranks, shards)
-            if ranks.first:
+            if ranks.is_main:
                 print(table(found))
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def report(run: str, *, split: str = "test", clips: str = "24", shards: str = "") -> Job:
+def report(run: str, *, split: str = "test", clips: str = "24", shards: str = "") -> DeferredCommand:
     """Writes report.html of a run, one file for any browser, no network: scores among the published ones, curves, probes, config, sentences with clips.
 
     Args:
@@ -282,15 +286,15 @@ def report(run: str, *, split: str = "test", clips: str = "24", shards: str = ""
         clips: how many sentences come with their clip, evenly spread from the best to the worst
         shards: where the run's shards lie now, if not where its config.yaml says
     """
-    number = whole("clips", clips)
+    number = parse_int("clips", clips)
 
     def work() -> None:
-        from flallm.report import report
+        from flallm.report.report import report
 
         with _shards_option(shards):
             print(report(Path(run), split, number, shards))
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
 def ablate(
@@ -305,13 +309,13 @@ def ablate(
     sbatch: str = "",
     run: str | None = None,
     **overrides: str,
-) -> Job:
+) -> DeferredCommand:
     """The runs of the paper's tables on a recipe, those that are not done yet; prints the plan first, and writes the tables with tests.
 
     Args:
         recipe: a built-in name such as demo, or the path of a YAML file
         table: 4, 5, 6, 7, 8, 9, 10, fig2 or fig4 of the paper, or steps, words or lora, past it; several
-            separated by commas share their runs. See flallm/tables.yaml
+            separated by commas share their runs. See flallm/ablation/tables.yaml
         seeds: how many seeds, 0 to n - 1, each run has
         rows: only these rows of the tables, separated by commas
         out: the folder to write into; tables in one folder share runs
@@ -321,17 +325,17 @@ def ablate(
         run: only the run of this number in the plan, on the ranks that a launcher has started
         overrides: fields of the recipe, in all runs
     """
-    from flallm.ablate import Study, ablate
+    from flallm.ablation.study import Sweep, ablate
 
     if where not in ("here", "slurm", "nowhere"):
         raise UserError(f"--where: {where!r} is none of here, slurm, nowhere")
-    world_size = whole("ranks", ranks, 1)
+    world_size = parse_int("ranks", ranks, 1)
     tables, chosen_rows = ([word.strip() for word in words.split(",")] for words in (table, rows))
-    study = Study(recipe, tables, whole("seeds", seeds, 1), [row for row in chosen_rows if row], overrides, Path(out))
+    study = Sweep(recipe, tables, parse_int("seeds", seeds, 1), [row for row in chosen_rows if row], overrides, Path(out))
     if run is None:
         options = {"table": table, "seeds": seeds, "rows": rows, "out": out} | overrides
-        return Job(lambda: ablate(study, where, world_size, sbatch, [recipe, *(f"--{name}={value}" for name, value in options.items())]))
-    number = whole("run", run)
+        return DeferredCommand(lambda: ablate(study, where, world_size, sbatch, [recipe, *(f"--{name}={value}" for name, value in options.items())]))
+    number = parse_int("run", run)
     if number >= len(study.runs):
         raise UserError(f"--run: the plan has runs 0 to {len(study.runs) - 1}")
 
@@ -340,10 +344,10 @@ def ablate(
         with _ranks(study.timeout(chosen)) as group:
             study.train(chosen, group)
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def translate(run: str, *videos: str, format: str = "text", segments: str | None = None, window: str = "0", alternatives: str = "0") -> Job:
+def translate(run: str, *videos: str, format: str = "text", segments: str | None = None, window: str = "0", alternatives: str = "0") -> DeferredCommand:
     """Prints a sentence for each video file. One that gives none has a line on stderr, and the exit code is 2 in the end.
 
     Args:
@@ -362,7 +366,7 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
         raise UserError(f"--format: {format!r} is none of text, json, srt, vtt")
     if format in ("srt", "vtt") and len(videos) > 1:
         raise UserError(f"--format={format} is for one video")
-    further = whole("alternatives", alternatives)
+    further = parse_int("alternatives", alternatives)
     if further and format != "json":
         raise UserError("--alternatives goes with --format=json")
     if not window.replace(".", "", 1).isdecimal() or (float(window) and segments is not None):
@@ -371,8 +375,8 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
     def work() -> int:
         from tqdm import tqdm
 
-        from flallm.evaluate import load_run
-        from flallm.translate import line, read_segments, translate
+        from flallm.evaluation.decode import load_run
+        from flallm.inference.translate import line, read_segments, translate
 
         spans, failed, number = None if segments is None else read_segments(Path(segments)), 0, 0
         with _ranks() as ranks:
@@ -391,10 +395,10 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
                     tqdm.write(line(one, format, number, bool(spans or float(window)), len(videos) > 1), file=sys.stdout)
         return 2 if failed else 0
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
-def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str) -> Job:
+def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str) -> DeferredCommand:
     """Looks at this machine and at what a recipe needs of it: rows OK, WARN, MISS with what to do. Exit code 1: something is missing.
 
     Args:
@@ -405,7 +409,7 @@ def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str
     configs = [config.load(recipe, stage, overrides) for stage in ("stage1", "stage2")] if recipe else []
 
     def work() -> int:
-        from flallm.doctor import MISS, doctor
+        from flallm.planning.doctor import MISS, doctor
 
         missing = 0
         for state, what, found in doctor(configs, Path(run_dir)):
@@ -413,27 +417,26 @@ def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str
             print(f"{state:5} {what:16} {found}", flush=True)
         return 1 if missing else 0
 
-    return Job(work)
+    return DeferredCommand(work)
 
 
 @contextlib.contextmanager
 def _ranks(timeout: float = 600):
     """The ranks for the work of one command."""
-    from flallm import engine
 
     try:
-        ranks = engine.join(timeout)
-        with engine.last_words(ranks):
+        ranks = init_distributed(timeout)
+        with report_first_failure(ranks):
             yield ranks
     finally:
-        engine.leave()
+        shutdown()
 
 
 @contextlib.contextmanager
 def _shards_option(shards: str):
     """The work of a command on a run whose shards may lie elsewhere now. Raises UserError, which
     names the option, where they are not found."""
-    from flallm.shards import NoShards, splits_of
+    from flallm.data.reader import NoShards, splits_of
 
     try:
         if shards:
@@ -470,7 +473,7 @@ def run(commands: dict[str, Callable], name: str) -> int:
         return _mistake(name, f"{line.removeprefix('ERROR: ')} (see {name} --help)")
     except UserError as error:
         return _mistake(name, error)
-    if not isinstance(job, Job):
+    if not isinstance(job, DeferredCommand):
         print(f"{name}: one of these commands is needed, each with --help: {', '.join(commands)}")
         return 0 if len(sys.argv) == 1 else 2
     try:

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from flallm import UserError, visible_files
-from flallm.video import Augment
+from flallm.utils import UserError, visible_files
 
 STAGES = ("stage1", "stage2", "joint")
 CHOICES = {
@@ -45,7 +44,17 @@ DATE = "tag:yaml.org,2002:timestamp"
 # Fields that earlier versions had, with the values at which they did nothing.
 REMOVED = {"train.one_pass": False, "train.lr_first": 1e-2, "train.llm_start": 0.0, "train.mask_frames": 0, "train.mask_channels": 0}
 READ_AS_OTHER = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", DATE)  # what YAML can take a text without quotes for
-PLACE = "{video}"  # where the features stand in a prompt
+VIDEO_PLACEHOLDER = "{video}"  # where the features stand in a prompt
+
+
+@dataclass
+class Augment:
+    """What is drawn once a clip in training. Source: GFSLT-VLP, [I] of flallm/config.py; never a horizontal flip (hands have sides)."""
+
+    probability: float = 0.5  # of each of the three
+    rotate: float = 30  # degrees, either way
+    scale: float = 0.2  # share, either way
+    translate: float = 10  # pixels of a 256-pixel frame, either way
 
 
 @dataclass
@@ -97,7 +106,7 @@ class LoRA:
 class LLM:
     path: str = "facebook/mbart-large-cc25"  # [P] a folder or hub name in Hugging Face layout; its tokenizer serves stage 1 too
     language: str | None = None  # target language code of a multilingual model, such as de_DE
-    prompt: str = PLACE  # the text around the features, special tokens included
+    prompt: str = VIDEO_PLACEHOLDER  # the text around the features, special tokens included
     stack: int = 1  # neighbouring features that are put together into one
     dropout: float = 0.3  # [I] of mBART and T5; decoder-only models have none but LoRA's
     lora: LoRA = field(default_factory=LoRA)
@@ -356,7 +365,7 @@ def override(config: Config, overrides: dict[str, object]) -> Config:
         (config.stage == "joint" and llm.input != "signs", f"llm.input: {llm.input} is for stage 2, joint trains on signs"),
         (llm.input == "words" and llm.stack > 1, f"llm.stack: {llm.stack} features are put together into one, llm.input=words gives each its own words"),
         (config.data.crop > config.data.resize, f"data.crop: {config.data.crop} is larger than data.resize, {config.data.resize}"),
-        (llm.prompt.count(PLACE) != 1, f"llm.prompt: {llm.prompt!r} must hold {PLACE} once, the place of the features"),
+        (llm.prompt.count(VIDEO_PLACEHOLDER) != 1, f"llm.prompt: {llm.prompt!r} must hold {VIDEO_PLACEHOLDER} once, the place of the features"),
         (train.steps is None and not train.epochs, f"train.epochs: {train.epochs} is not more than 0"),
         (endless, "train.epochs: a run has to end"),
     ):

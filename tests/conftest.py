@@ -20,13 +20,13 @@ import torch.multiprocessing
 
 from flallm import cli
 from flallm import config as cfg
-from flallm.corpora import synthetic
-from flallm.encode import Options
-from flallm.shards import make_shards
+from flallm.data.corpora import synthetic
+from flallm.data.encode import EncodeOptions
+from flallm.data.shards import make_shards
 
 # Ranks start from a process that has imported everything: of a rank of a test that is nearly all.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["flallm.train", "flallm.plots", "deepspeed.runtime.zero.muon.original_muon", "torch.utils.tensorboard"])
+FORK.set_forkserver_preload(["flallm.training.train", "flallm.evaluation.plots", "deepspeed.runtime.zero.muon.original_muon", "torch.utils.tensorboard"])
 torch.multiprocessing.spawn = partial(torch.multiprocessing.start_processes, start_method="forkserver")
 
 SMALL = {
@@ -45,13 +45,13 @@ SMALL = {
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus") / "shards"
-    make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), folder, Options(per_shard=10), {"name": "synthetic"})
+    make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), folder, EncodeOptions(per_shard=10), {"name": "synthetic"})
     return folder
 
 
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory) -> Path:
-    from flallm.pretrain import pretrain
+    from flallm.demo.pretrain import pretrain
 
     folder = tmp_path_factory.mktemp("llm") / "llm"
     pretrain([text for _, text in synthetic.sentences("text", 3000)], folder, layers=1, width=48, heads=2, steps=2)

@@ -1,10 +1,10 @@
-"""The reference of `flallm.video.decode`: every frame is decoded, and those that are used are picked."""
+"""The reference of `flallm.data.transforms.decode`: every frame is decoded, and those that are used are picked."""
 
 import numpy as np
 
-from flallm.color import FrameConverter
-from flallm.corpora import open_video, upright, video_stream
-from flallm.video import positions
+from flallm.data.color import FrameConverter
+from flallm.data.transforms import positions
+from flallm.data.video import open_video, upright, video_stream
 
 
 def every_frame(source: bytes | str, size: int, stride: int, max_frames: int) -> np.ndarray:

@@ -25,11 +25,16 @@ import torch
 from conftest import FORK, SMALL
 from safetensors.torch import load_file
 
-from flallm import UserError, checkpoint, cli, engine
+from flallm import cli
 from flallm import config as cfg
-from flallm.loader import Batch
+from flallm.data.dataset import Batch
+from flallm.distributed.rendezvous import rendezvous
 from flallm.model.translator import Translator
-from flallm.train import train
+from flallm.training import checkpoint
+from flallm.training import train as training
+from flallm.training.checkpoint import CheckpointManager
+from flallm.training.train import train
+from flallm.utils import UserError
 
 ZERO3 = str(Path(__file__).parents[1] / "ds_configs/zero3.json")
 DAMAGE = {"truncated": "rank-1.safetensors", "removed": "model.safetensors", "flipped": "model.safetensors", "manifest": "manifest.json"}
@@ -41,7 +46,7 @@ class Run:
 
     def __init__(self, config: cfg.Config, folder: Path, world_size: int = 2, plant: Callable | None = None, stage1: Path | None = None):
         self.folder, self.log, self.began = folder, folder.with_suffix(".log"), time.monotonic()
-        where = engine.rendezvous() | {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        where = rendezvous() | {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         self.ranks = [
             FORK.Process(target=one_rank, args=(where | {"RANK": str(r), "LOCAL_RANK": str(r)}, config, folder, self.log, plant, stage1))
             for r in range(world_size)
@@ -99,7 +104,7 @@ class At:
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        owner = {"checkpoint": checkpoint, "Writer": checkpoint.Writer, "Path": Path, "Batch": Batch, "Translator": Translator}[self.owner]
+        owner = {"checkpoint": checkpoint, "Writer": CheckpointManager, "Path": Path, "Batch": Batch, "Translator": Translator}[self.owner]
         original, calls = getattr(owner, self.name), 0
 
         def wrapped(*args, **kwargs):
@@ -370,7 +375,7 @@ class StopAfter:
 
     def __call__(self, rank: int) -> None:
         if rank == 0:
-            original, calls = engine.train_step, 0
+            original, calls = training.train_step, 0
 
             def wrapped(*args, **options):
                 nonlocal calls
@@ -379,7 +384,7 @@ class StopAfter:
                     os.kill(os.getpid(), signal.SIGUSR1)
                 return original(*args[:3], calls >= self.step, *args[4:], **options)
 
-            engine.train_step = wrapped
+            training.train_step = wrapped
 
 
 def two_runs_in_one_folder(lab: Lab) -> str:
@@ -400,7 +405,7 @@ def torchrun_restarts(lab: Lab, nodes: int = 1) -> str:
     folder, config = lab.new(name), {"train__steps": 16, "train__dev_every": 16}
     settings = lab.settings | {"light_t.dropout": 0.1, "train.steps": 16, "train.dev_every": 16}
     options = [f"--{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in settings.items()]
-    port = engine.rendezvous()["MASTER_PORT"]
+    port = rendezvous()["MASTER_PORT"]
     command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1"]
     if nodes == 1:
         command += ["--nproc_per_node=2", f"--master_port={port}"]
@@ -449,15 +454,15 @@ SCENARIOS: dict[str, Callable[[Lab], str]] = {
 
 
 def main(names: list[str]) -> int:
-    from flallm.corpora import synthetic
-    from flallm.encode import Options
-    from flallm.pretrain import pretrain
-    from flallm.shards import make_shards
+    from flallm.data.corpora import synthetic
+    from flallm.data.encode import EncodeOptions
+    from flallm.data.shards import make_shards
+    from flallm.demo.pretrain import pretrain
 
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder), Path(folder) / "shards", Path(folder) / "llm")
-        make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), Path(folder) / "shards", Options(per_shard=10), {"name": "synthetic"})
+        make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), Path(folder) / "shards", EncodeOptions(per_shard=10), {"name": "synthetic"})
         pretrain([text for _, text in synthetic.sentences("text", 3000)], Path(folder) / "llm", layers=1, width=48, heads=2, steps=2)
         for name, scenario in SCENARIOS.items():
             if names and not any(n in name for n in names):

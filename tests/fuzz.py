@@ -31,13 +31,17 @@ from every_frame import every_frame
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from flallm import UserError, decoder, usable_cpus, video
-from flallm.corpora import BROKEN, Clip, LeftOut, VideoFile, csl_daily, how2sign, labels, manifest, phoenix14t, synthetic
-from flallm.encode import Options, _encode_or_cause, encode
-from flallm.shards import COLUMNS, Shards, checksum, make_shards
-from flallm.verify import _verify_shard
-from flallm.video import Augment, used_frames
-from flallm.workers import Lost, Workers
+from flallm.data import decoding as decoder
+from flallm.data.clips import Clip, SkippedClip
+from flallm.data.corpora import csl_daily, how2sign, labels, manifest, phoenix14t, synthetic
+from flallm.data.encode import EncodeOptions, _encode_or_cause, encode
+from flallm.data.reader import COLUMNS, Shards, checksum
+from flallm.data.shards import make_shards
+from flallm.data.transforms import Augment, decode, used_frames
+from flallm.data.verify import _verify_shard
+from flallm.data.video import DECODE_ERRORS, VideoFile
+from flallm.data.worker_pool import TaskFailed, WorkerPool
+from flallm.utils import UserError, usable_cpus
 
 COUNT, SEED, TIMEOUT = 4000, 0, 30
 WORDS = [b"\0", b'"', b"\n", b"|", b"\t", b"\xff", b"\r", b"..", b"/", b",", b"\xed\xa0\x80", b"nan", b"1e400", b"-1", b"9" * 400, b"[" * 9000, b"null", b"{}"]
@@ -267,7 +271,7 @@ def dataset(good: Path, folder: Path, rng: random.Random) -> Counter:
     linked(good / "shards", folder, name := "dataset.json")
     (folder / name).write_bytes(rng.choice((spoil, spoil_json))((folder / name).read_bytes(), rng))
     if rng.random() < 0.3:
-        make_shards(synthetic_clips(), folder, Options(per_shard=4), {"name": "fuzz"}, 1)  # all are there: nothing is made
+        make_shards(synthetic_clips(), folder, EncodeOptions(per_shard=4), {"name": "fuzz"}, 1)  # all are there: nothing is made
     return right_or_cause(samples(folder), right(good))
 
 
@@ -281,7 +285,7 @@ def unjoined(good: Path, folder: Path, rng: random.Random) -> Counter:
         spoil_columns(path, rng)
     else:
         path.write_bytes(spoil_safetensors(path.read_bytes(), rng))
-    make_shards(synthetic_clips(), folder, Options(per_shard=4), {"name": "fuzz"}, 1)
+    make_shards(synthetic_clips(), folder, EncodeOptions(per_shard=4), {"name": "fuzz"}, 1)
     return right_or_cause(samples(folder), right(good))
 
 
@@ -292,15 +296,17 @@ def media(good: Path, folder: Path, rng: random.Random) -> Counter:
     path = folder / source.name
     path.write_bytes(spoil_boxes(data, rng) if source.suffix in (".mp4", ".mov") and rng.random() < 0.5 else spoil(data, rng))
     cut = rng.choice([(), (), (0.2, 0.8), (0.5, None)])
-    result = _encode_or_cause(Clip("k", "train", "t", VideoFile(str(path), *cut)), Options(short_side=rng.choice((32, 256)), fps=rng.choice((None, None, 10))))
+    result = _encode_or_cause(
+        Clip("k", "train", "t", VideoFile(str(path), *cut)), EncodeOptions(short_side=rng.choice((32, 256)), fps=rng.choice((None, None, 10)))
+    )
     if isinstance(result, str):
         one_line(result)
         return Counter(cause=1)
     clip, meta = result
     json.dumps(meta, ensure_ascii=False).encode()
     try:
-        frames = video.decode(clip, 36, 4, 300, meta["num_frames"])
-    except BROKEN as error:
+        frames = decode(clip, 36, 4, 300, meta["num_frames"])
+    except DECODE_ERRORS as error:
         one_line(str(error))
         return Counter({"cause, found by the loader": 1})
     assert np.array_equal(frames, every_frame(clip, 36, 4, 300)), "the loader's short way gives other frames"
@@ -343,7 +349,7 @@ def table(good: Path, folder: Path, rng: random.Random) -> Counter:
         rows = list(TABLES[name](folder))
     for row in rows:
         lines += row.split == "dev"
-        if isinstance(row, LeftOut):
+        if isinstance(row, SkippedClip):
             json.dumps(asdict(row), ensure_ascii=False).encode()
             found["cause"] += 1
             continue
@@ -351,7 +357,7 @@ def table(good: Path, folder: Path, rng: random.Random) -> Counter:
         try:
             count = sum(1 for _ in row.media.frames()[1])
             found["right" if count else "cause"] += 1
-        except BROKEN as error:
+        except DECODE_ERRORS as error:
             str(error).encode()
             found["cause"] += 1
     if name.startswith(("how2sign", "phoenix")):
@@ -402,12 +408,12 @@ def write_video(path: Path, codec: str, size: tuple[int, int] = (64, 48), frames
 
 def prepare(good: Path, odd: Path | None = None) -> None:
     """The good files: shards, parts that are not joined, videos of many kinds, tables of every corpus. `odd`: a folder of further videos."""
-    make_shards(synthetic_clips(), good / "shards", Options(per_shard=4), {"name": "fuzz"}, 2)
+    make_shards(synthetic_clips(), good / "shards", EncodeOptions(per_shard=4), {"name": "fuzz"}, 2)
     for i in range(2):
-        make_shards(synthetic_clips(), good / "parts", Options(per_shard=4), {"name": "fuzz"}, 1, (i, 2))
+        make_shards(synthetic_clips(), good / "parts", EncodeOptions(per_shard=4), {"name": "fuzz"}, 1, (i, 2))
     videos, tables = good / "videos", good / "tables"
     videos.mkdir()
-    (videos / "ours.mp4").write_bytes(encode(synthetic_clips()[1], Options())[0])
+    (videos / "ours.mp4").write_bytes(encode(synthetic_clips()[1], EncodeOptions())[0])
     write_video(videos / "plain.mp4", "libx264")
     write_video(videos / "fragmented.mp4", "libx264", container={"movflags": "frag_keyframe+empty_moov"}, g="8")
     write_video(videos / "a.mov", "mpeg4", bf="2")
@@ -477,13 +483,13 @@ def run(kind: str, good: str, seed: int, number: int) -> Counter | str:
 def fuzz(count: int, seed: int, good: Path, processes: int = usable_cpus()) -> tuple[dict[str, Counter], list[str]]:
     """({kind: how many ended how}, failures)"""
     outcomes, failures, names = defaultdict(Counter), [], list(KINDS)
-    with Workers(processes, "flallm.decoder") as workers:
+    with WorkerPool(processes, "flallm.data.decoding") as workers:
         waiting = [(n, names[n % len(names)]) for n in range(count)]
         results = [workers.start(run, kind, str(good), seed, n, timeout=TIMEOUT) for n, kind in waiting]
         for (n, kind), result in zip(waiting, results):
             try:
                 ended = result()
-            except Lost as cause:
+            except TaskFailed as cause:
                 ended = Counter({"lost its worker": 1}) if kind in IN_WORKERS else f"not survived: {cause}"
             if isinstance(ended, str):
                 failures.append(f"{kind}, input {n} of seed {seed}: {ended}")

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MBartConfig, MBartForConditionalGeneration, MT5Config, MT5ForConditionalGeneration
 
-from flallm.corpora import synthetic
-from flallm.pretrain import make_tokenizer
+from flallm.data.corpora import synthetic
+from flallm.demo.pretrain import make_tokenizer
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 2}
 HALF = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 64))}

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from flallm.corpora import synthetic
+from flallm.data.corpora import synthetic
 
 
 class Noted:

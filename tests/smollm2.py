@@ -11,10 +11,12 @@ from conftest import SMALL
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flallm import checkpoint, engine
 from flallm import config as cfg
-from flallm.evaluate import evaluate
-from flallm.train import train
+from flallm.distributed.context import init_distributed
+from flallm.distributed.launch import spawn
+from flallm.evaluation.decode import evaluate
+from flallm.model.weights import best_checkpoint
+from flallm.training.train import train
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +27,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 
 def both_stages(first: cfg.Config, second: cfg.Config, out: Path) -> None:
-    ranks = engine.join()
+    ranks = init_distributed()
     train(first, out / "stage1", ranks)
     train(second, out / "stage2", ranks, out / "stage1")
     evaluate(out / "stage2", "dev", ranks)
@@ -45,11 +47,11 @@ def test_its_recipe_trains_low_rank_updates_and_speaks(shards, smollm2, tmp_path
     short = {"train.batch": 4, "train.log_every": 1, "decode.max_tokens": 8, "decode.beam": 2}
     first = cfg.load("smollm2", "stage1", {**at, **short, "train.steps": 1, "train.pool": 1})
     second = cfg.load("smollm2", "stage2", {**at, **short, "train.steps": 6, "train.pool": 1})
-    engine.launch(both_stages, 1, first, second, tmp_path)
+    spawn(both_stages, 1, first, second, tmp_path)
     losses = [json.loads(line).get("loss") for line in (tmp_path / "stage2/metrics.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss]
     assert losses[-1] < losses[0] < 12
-    with safe_open(checkpoint.best(tmp_path / "stage2") / "model.safetensors", "pt") as weights:
+    with safe_open(best_checkpoint(tmp_path / "stage2") / "model.safetensors", "pt") as weights:
         names = [name for name in weights.keys() if name.startswith("language.")]  # noqa: SIM118
     assert names and all("lora_" in name for name in names)
     assert len((tmp_path / "stage2/predictions/dev.jsonl").read_text().splitlines()) == 8

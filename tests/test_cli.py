@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from flallm import UserError, cli, config
-from flallm.corpora import synthetic
-from flallm.encode import Options, encode
-from flallm.shards import Shards
+from flallm import cli, config
+from flallm.data.corpora import synthetic
+from flallm.data.encode import EncodeOptions, encode
+from flallm.data.reader import Shards
+from flallm.utils import UserError
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
@@ -178,7 +179,7 @@ def test_text_is_utf8_whatever_the_locale_is(tmp_path):
     """In processes whose locale knows ASCII alone."""
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment.pop("PYTHONIOENCODING", None)
-    (tmp_path / "clip.mp4").write_bytes(encode(next(synthetic.clips(train=1, dev=0, test=0, size=36)), Options())[0])
+    (tmp_path / "clip.mp4").write_bytes(encode(next(synthetic.clips(train=1, dev=0, test=0, size=36)), EncodeOptions())[0])
     rows = [("video", "text", "split", "key"), ("clip.mp4", "schöne Grüße 你好", "train", "grün"), ("gone.mp4", "x", "train", "fünf")]
     (tmp_path / "clips.tsv").write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
     tool = Path(__file__).parents[1] / "tools/make_shards.py"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flallm import UserError
 from flallm import config as cfg
-from flallm.metrics import CONVENTIONS
+from flallm.evaluation.metrics import CONVENTIONS
+from flallm.utils import UserError
 
 RECIPES = Path(cfg.__file__).parent / "recipes"
 PAPER = ("phoenix14t", "csl-daily", "how2sign")
@@ -149,14 +149,14 @@ TABLES = {
 
 @pytest.mark.parametrize("table", TABLES)
 def test_the_tables_have_the_numbers_of_the_paper(table):
-    rows = cfg.read_yaml(RECIPES.parent / "tables.yaml")[table]["rows"]
+    rows = cfg.read_yaml(RECIPES.parent / "ablation/tables.yaml")[table]["rows"]
     assert {row["name"]: tuple(row["paper"].values()) for row in rows} == TABLES[table]
     names = {5: ["rouge_l", "bleu1", "bleu2", "bleu3", "bleu4"], 2: ["bleu4", "hours"], 1: ["bleu4"]}
     assert all(list(row["paper"]) == names[len(row["paper"])] for row in rows)
 
 
 def test_the_learning_rate_falls_along_a_cosine_from_the_first_step():
-    from flallm.train import schedule
+    from flallm.training.optim import schedule
 
     train = cfg.load("phoenix14t", "stage1").train
     assert [round(schedule(train, step, 100), 6) for step in (0, 50, 100)] == [1, 0.5, 0]
@@ -172,7 +172,7 @@ def test_the_learning_rate_falls_along_a_cosine_from_the_first_step():
     ],
 )
 def test_settings_of_deepspeed_that_are_not_its_files_to_make_are_refused(tmp_path, settings, said):
-    from flallm.engine import deepspeed_config
+    from flallm.distributed.deepspeed_config import deepspeed_config
 
     (tmp_path / "own.json").write_text(json.dumps(settings))
     with pytest.raises(cfg.UserError, match=said):

@@ -5,16 +5,16 @@ import sys
 import cv2
 import numpy as np
 
-from flallm import video
-from flallm.corpora import synthetic
-from flallm.encode import Options, encode
+from flallm.data.corpora import synthetic
+from flallm.data.encode import EncodeOptions, encode
+from flallm.data.transforms import decode
 
 SIDE, FRAMES, CLIPS = 150, 9, 5
 
 
 def row(clip) -> np.ndarray:
-    data, meta = encode(clip, Options())
-    frames = video.decode(data, SIDE, 4, 10_000, meta["num_frames"])[:FRAMES]
+    data, meta = encode(clip, EncodeOptions())
+    frames = decode(data, SIDE, 4, 10_000, meta["num_frames"])[:FRAMES]
     strip = np.full((SIDE + 24, SIDE * FRAMES, 3), 255, np.uint8)
     strip[24:, : SIDE * len(frames)] = np.concatenate(frames, 1)
     caption = f"{clip.gloss}  -  {clip.text}"

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 from flallm import cli
-from flallm.corpora import read_text
+from flallm.data.tables import read_text
 
 
-def pretrain(text: str, *, out: str, steps: str = "800") -> cli.Job:
+def pretrain(text: str, *, out: str, steps: str = "800") -> cli.DeferredCommand:
     """Writes a Hugging Face folder with the model and its tokenizer.
 
     Args:
@@ -15,15 +15,15 @@ def pretrain(text: str, *, out: str, steps: str = "800") -> cli.Job:
         out: the folder to write
         steps: of 64 sentences
     """
-    number = cli.whole("steps", steps, 1)
+    number = cli.parse_int("steps", steps, 1)
 
     def work() -> None:
-        from flallm.pretrain import pretrain
+        from flallm.demo.pretrain import pretrain
 
         sentences = [line.strip() for line in read_text(Path(text), "a sentence a line was expected there").splitlines() if line.strip()]
         pretrain(sentences, Path(out), steps=number)
 
-    return cli.Job(work)
+    return cli.DeferredCommand(work)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from flallm import UserError, cli, config, usable_cpus
-from flallm.corpora import Clip, LeftOut
-from flallm.encode import Options
-from flallm.shards import make_shards
+from flallm import cli, config
+from flallm.data.clips import Clip, SkippedClip
+from flallm.data.encode import EncodeOptions
+from flallm.data.shards import make_shards
+from flallm.utils import UserError, usable_cpus
 
 ENCODING = """
     Encoding, for every corpus:
@@ -34,13 +35,13 @@ def synthetic(
     test: str | None = None,
     size: str = "72",
     **options: str,
-) -> cli.Job:
+) -> cli.DeferredCommand:
     """The embedded corpus: sentences of a small grammar, signed by procedural signers. Text for a language model goes into OUT/text.txt.
 
     Args:
         out: the folder to write into
         preset: demo, or bench, a harder one to measure on
-        dials: what differs from the preset, as in --dials=tail=0,signers=16,4,6: fields of `Dials` in flallm/corpora/synthetic.py
+        dials: what differs from the preset, as in --dials=tail=0,signers=16,4,6: fields of `CorpusConfig` in flallm/data/corpora/synthetic.py
         seed: of everything random
         train: clips in train; 2400 in demo, 4800 in bench
         dev: clips in dev; 100 and 150
@@ -48,15 +49,15 @@ def synthetic(
         size: pixels of a frame's sides
         options: encoding, see --help of the tool
     """
-    from flallm.corpora import synthetic
+    from flallm.data.corpora import synthetic
 
     if preset not in synthetic.PRESETS:
         raise UserError(f"--preset: {preset!r} is none of {', '.join(synthetic.PRESETS)}")
     given = dict(dial.partition("=")[::2] for dial in re.split(r",(?=\w+=)", dials) if dial)
-    turned = config.from_dict(synthetic.Dials, vars(synthetic.PRESETS[preset]) | given, "--dials")
+    turned = config.from_dict(synthetic.CorpusConfig, vars(synthetic.PRESETS[preset]) | given, "--dials")
     counts = dict(zip(("train", "dev", "test"), turned.clips))
-    counts |= {name: cli.whole(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
-    numbers = {"seed": cli.whole("seed", seed), **counts, "size": cli.whole("size", size, 16)}
+    counts |= {name: cli.parse_int(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
+    numbers = {"seed": cli.parse_int("seed", seed), **counts, "size": cli.parse_int("size", size, 16)}
     if numbers["size"] > 1024:
         raise UserError(f"--size: {size} is over 1024 pixels")
 
@@ -69,7 +70,7 @@ def synthetic(
     return _job(lambda: synthetic.clips(**numbers, dials=turned), out, options, corpus, text)
 
 
-def manifest(table: str, *, out: str, root: str | None = None, **options: str) -> cli.Job:
+def manifest(table: str, *, out: str, root: str | None = None, **options: str) -> cli.DeferredCommand:
     """Any data set: a table of videos (or folders of frames) and their texts.
 
     Args:
@@ -78,12 +79,12 @@ def manifest(table: str, *, out: str, root: str | None = None, **options: str) -
         root: what the paths in `video` are relative to; the table's folder where it is not given
         options: encoding, see --help of the tool
     """
-    from flallm.corpora import manifest
+    from flallm.data.corpora import manifest
 
     return _job(lambda: manifest.clips(Path(table), Path(root) if root else Path(table).parent), out, options, {"name": "manifest", "table": Path(table).name})
 
 
-def phoenix14t(release: str, *, out: str, **options: str) -> cli.Job:
+def phoenix14t(release: str, *, out: str, **options: str) -> cli.DeferredCommand:
     """PHOENIX-2014-T from its official tree.
 
     Args:
@@ -91,12 +92,12 @@ def phoenix14t(release: str, *, out: str, **options: str) -> cli.Job:
         out: the folder to write into
         options: encoding, see --help of the tool
     """
-    from flallm.corpora import phoenix14t
+    from flallm.data.corpora import phoenix14t
 
     return _job(lambda: phoenix14t.clips(Path(release)), out, options, {"name": "phoenix14t"})
 
 
-def csl_daily(root: str, *, out: str, **options: str) -> cli.Job:
+def csl_daily(root: str, *, out: str, **options: str) -> cli.DeferredCommand:
     """CSL-Daily from its official tree.
 
     Args:
@@ -104,12 +105,12 @@ def csl_daily(root: str, *, out: str, **options: str) -> cli.Job:
         out: the folder to write into
         options: encoding, see --help of the tool
     """
-    from flallm.corpora import csl_daily
+    from flallm.data.corpora import csl_daily
 
     return _job(lambda: csl_daily.clips(Path(root)), out, options, {"name": "csl-daily"})
 
 
-def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | None = None, **options: str) -> cli.Job:
+def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | None = None, **options: str) -> cli.DeferredCommand:
     """How2Sign: its re-aligned sentences, cut out of the full videos; or the published clips, which were cut at other times.
 
     Args:
@@ -119,7 +120,7 @@ def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | 
         precut: instead of it the folder of the published clips
         options: encoding, see --help of the tool
     """
-    from flallm.corpora import how2sign
+    from flallm.data.corpora import how2sign
 
     if (videos is None) == (precut is None):
         raise UserError("how2sign: either --videos=DIR of the full videos or --precut=DIR of the published clips is needed")
@@ -132,7 +133,7 @@ def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | 
     return _job(clips, out, options, {"name": "how2sign", "times": times})
 
 
-def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
+def labels(folder: str, *, root: str, out: str, **options: str) -> cli.DeferredCommand:
     """The labels.train, labels.dev, labels.test files of GFSLT-VLP and its descendants.
 
     Args:
@@ -141,12 +142,12 @@ def labels(folder: str, *, root: str, out: str, **options: str) -> cli.Job:
         out: the folder to write into
         options: encoding, see --help of the tool
     """
-    from flallm.corpora import labels
+    from flallm.data.corpora import labels
 
     return _job(lambda: labels.clips(Path(folder), Path(root)), out, options, {"name": "labels"})
 
 
-def verify(folder: str, *, split: str | None = None, processes: str | None = None) -> cli.Job:
+def verify(folder: str, *, split: str | None = None, processes: str | None = None) -> cli.DeferredCommand:
     """Reads every sample back: checksums, all frames, keys, and that the tars hold what the index says. Exit code 1 where something is wrong.
 
     Args:
@@ -156,17 +157,17 @@ def verify(folder: str, *, split: str | None = None, processes: str | None = Non
     """
 
     def work() -> int:
-        from flallm.shards import splits_of
-        from flallm.verify import verify
+        from flallm.data.reader import splits_of
+        from flallm.data.verify import verify
 
         problems = 0
-        for line in verify(folder, [split] if split else splits_of(folder), cli.whole("processes", processes, 1) if processes else usable_cpus()):
+        for line in verify(folder, [split] if split else splits_of(folder), cli.parse_int("processes", processes, 1) if processes else usable_cpus()):
             print(line)
             problems += 1
         print(f"{problems} problems" if problems else "all samples are as the index says")
         return 1 if problems else 0
 
-    return cli.Job(work)
+    return cli.DeferredCommand(work)
 
 
 def _part(value: str) -> tuple[int, int]:
@@ -176,13 +177,13 @@ def _part(value: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[[], Iterator[str]] | None = None) -> cli.Job:
+def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[[], Iterator[str]] | None = None) -> cli.DeferredCommand:
     processes, part = options.pop("processes", None), _part(options.pop("part", "0/1"))
-    encoding = config.from_options(Options, options)
+    encoding = config.from_options(EncodeOptions, options)
 
     def work() -> None:
-        found: Iterable[Clip | LeftOut] = clips()
-        dataset = make_shards(found, out, encoding, corpus, cli.whole("processes", processes, 1) if processes else None, part)
+        found: Iterable[Clip | SkippedClip] = clips()
+        dataset = make_shards(found, out, encoding, corpus, cli.parse_int("processes", processes, 1) if processes else None, part)
         if not dataset:
             print(f"part {part[0]} of {part[1]} is made; when all are, the same command without --part joins them")
             return
@@ -196,7 +197,7 @@ def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[
         if len(dataset["left_out"]) > 10:
             print(f"  … all are listed in {out}/dataset.json")
 
-    return cli.Job(work)
+    return cli.DeferredCommand(work)
 
 
 COMMANDS = {f.__name__.replace("_", "-"): f for f in (synthetic, manifest, phoenix14t, csl_daily, how2sign, labels, verify)}

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 
 from flallm.config import LightT
-from flallm.model.llm import HERE
-from flallm.text import PLACES, Text
+from flallm.data.tokenizer import MAX_POSITIONS, TranslationTokenizer
+from flallm.model.llm import ATTN_IMPL
 
 
-def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
+def light_t(config: LightT, text: TranslationTokenizer) -> MBartForConditionalGeneration:
     """A randomly initialised Light-T for the tokens of `text`."""
     shape = {}
     for side in ("encoder", "decoder"):
@@ -23,12 +23,12 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
             d_model=config.width,
             dropout=config.dropout,
             attention_dropout=0.0,
-            max_position_embeddings=PLACES,
+            max_position_embeddings=MAX_POSITIONS,
             tie_word_embeddings=False,
             pad_token_id=text.pad,
             eos_token_id=text.end,
             decoder_start_token_id=text.start[-1],
-            attn_implementation=HERE,
+            attn_implementation=ATTN_IMPL,
             **shape,
         )
     )
@@ -40,7 +40,7 @@ def light_t(config: LightT, text: Text) -> MBartForConditionalGeneration:
 class HiddenStates(nn.Module):
     """Adapter and encoder of a stage 1's Light-T, frozen: sign-wise features (F, C) of clips with `lengths` frames -> its hidden states (F, D)."""
 
-    def __init__(self, adapter: nn.Module, config: LightT, text: Text):
+    def __init__(self, adapter: nn.Module, config: LightT, text: TranslationTokenizer):
         super().__init__()
         self.adapter, self.encoder = adapter, light_t(config, text).get_encoder()
         self.encoder.embed_tokens = None  # it reads no words

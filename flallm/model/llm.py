@@ -29,16 +29,17 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from flallm import UserError, first_line, hub
 from flallm.config import LLM
-from flallm.loader import IGNORE
-from flallm.text import Text
+from flallm.data import hub
+from flallm.data.dataset import IGNORE_INDEX
+from flallm.data.tokenizer import TranslationTokenizer
+from flallm.utils import UserError, first_line
 
 logging.disable_progress_bar()  # it would draw a bar a rank, for weights that are there at once
 
 # On a CPU the fused kernel's backward is the slower one: 155 against 119 ms a step of the demo's language model.
 ATTENTION = {"cuda": "sdpa", "cpu": "eager"}
-HERE = ATTENTION["cuda" if torch.cuda.is_available() else "cpu"]
+ATTN_IMPL = ATTENTION["cuda" if torch.cuda.is_available() else "cpu"]
 DROPOUT = {"mbart": "dropout", "t5": "dropout_rate", "mt5": "dropout_rate"}  # the encoder-decoders that are known
 
 # What the forward pass of a decoder-only model takes: features in the place of words, padding on the left, logits of the answer alone.
@@ -48,12 +49,12 @@ ALIBI = {"bloom", "mpt"}  # they have no position_ids, and count positions by th
 NOT_TAKEN = {"minimax", "deepseek_v4"}
 
 
-class EncoderDecoder:
+class EncoderDecoderAdapter:
     """How mBART and T5 read and answer. Embeddings are padded on the right."""
 
     side = "right"
 
-    def __init__(self, model: PreTrainedModel, text: Text):
+    def __init__(self, model: PreTrainedModel, text: TranslationTokenizer):
         self.model, self.text = model, text
 
     def logits(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -67,7 +68,7 @@ class EncoderDecoder:
 
     def _run(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, **options):
         start = labels.new_tensor(self.text.start).expand(len(labels), -1)
-        ids = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, self.text.pad)], 1)
+        ids = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, self.text.pad)], 1)
         return self.model(**inputs, decoder_input_ids=ids, use_cache=False, **options)
 
     def generate(self, inputs: dict[str, torch.Tensor], options: GenerationConfig) -> torch.Tensor:
@@ -76,7 +77,7 @@ class EncoderDecoder:
         return self.model.generate(**inputs, decoder_input_ids=start, generation_config=options)
 
 
-class DecoderOnly(EncoderDecoder):
+class DecoderOnlyAdapter(EncoderDecoderAdapter):
     """How LLaMA and its kin read and answer. Embeddings are padded on the left."""
 
     side = "left"
@@ -89,7 +90,7 @@ class DecoderOnly(EncoderDecoder):
         return torch.stack(layers).mean((0, 2))[:, -labels.shape[1] :, : inputs["attention_mask"].shape[1]]
 
     def _run(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, **options):
-        known = labels[:, :-1] != IGNORE
+        known = labels[:, :-1] != IGNORE_INDEX
         words = self.model.get_input_embeddings()(labels[:, :-1].masked_fill(~known, self.text.pad))
         embeddings = torch.cat([inputs["inputs_embeds"], words.to(inputs["inputs_embeds"].dtype)], 1)  # (B, N + L - 1, D)
         mask = torch.cat([inputs["attention_mask"], known.long()], 1)
@@ -100,8 +101,8 @@ class DecoderOnly(EncoderDecoder):
         return self.model.generate(**inputs, generation_config=options)
 
 
-def family(model: PreTrainedModel, text: Text) -> EncoderDecoder:
-    return (EncoderDecoder if model.config.is_encoder_decoder else DecoderOnly)(model, text)
+def family(model: PreTrainedModel, text: TranslationTokenizer) -> EncoderDecoderAdapter:
+    return (EncoderDecoderAdapter if model.config.is_encoder_decoder else DecoderOnlyAdapter)(model, text)
 
 
 def embedding_scale(model: PreTrainedModel) -> float:
@@ -113,7 +114,7 @@ def load_llm(config: LLM, weights: bool = True) -> PreTrainedModel:
     """The model of `llm.path` with what of it trains; without `weights` only its shape, for weights that a checkpoint holds."""
     shape = load_shape(config)
     auto = AutoModelForSeq2SeqLM if shape.model_type in DROPOUT else AutoModelForCausalLM
-    arguments = {"attn_implementation": HERE, "dtype": torch.float32}
+    arguments = {"attn_implementation": ATTN_IMPL, "dtype": torch.float32}
     source = hub.options(config.path)
     try:
         if weights and not config.random:

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import GenerationConfig
 
 from flallm.config import Config, Decode
-from flallm.loader import IGNORE, Batch
+from flallm.data.dataset import IGNORE_INDEX, Batch
+from flallm.data.tokenizer import TranslationTokenizer
 from flallm.model.light_t import HiddenStates, light_t
 from flallm.model.llm import embedding_scale, family, load_llm
 from flallm.model.visual_encoder import VisualEncoder
-from flallm.text import Text
 
 
 def adapter(channels: int, width: int) -> nn.Sequential:
@@ -25,7 +25,7 @@ def adapter(channels: int, width: int) -> nn.Sequential:
 class Translator(nn.Module):
     """Sign language video in, text out. `weights=False` leaves the LLM random, for a checkpoint to fill."""
 
-    def __init__(self, config: Config, text: Text, weights: bool = True):
+    def __init__(self, config: Config, text: TranslationTokenizer, weights: bool = True):
         super().__init__()
         self.text, self.label_smoothing = text, config.train.label_smoothing
         self.encoder = VisualEncoder(config.encoder)
@@ -53,9 +53,9 @@ class Translator(nn.Module):
         """What the adapter reads (F, C): sign-wise features, unless `llm.input` says otherwise."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder.frozen != "encoder"):
             if self.input == "frames":
-                return self.encoder.frame_wise(batch.frames, not batch.stands_in)
+                return self.encoder.frame_wise(batch.frames, not batch.is_placeholder)
             made = batch.frames.ndim == 2  # before, by `flallm features`
-            signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths, not batch.stands_in)
+            signs = batch.frames.float() if made else self.encoder(batch.frames, batch.lengths, not batch.is_placeholder)
             return self.light_t(signs, batch.lengths) if self.input == "light_t" else signs
 
     def _read(self, features: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ class Translator(nn.Module):
         """(what is minimised, the cross-entropies of all target tokens with label smoothing), both summed over tokens."""
         features, labels = self.features(batch), batch.labels
         logits = self.family.logits(self._read(features, batch.lengths), labels)  # (B, L, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, label_smoothing=self.label_smoothing, reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, label_smoothing=self.label_smoothing, reduction="sum")
         if not self.word_loss:
             return loss, loss.detach()
         return loss + self.word_loss * self._word_loss(features, batch), loss.detach()
@@ -91,7 +91,7 @@ class Translator(nn.Module):
         words = self.words(features).float().log_softmax(-1)  # (F, V)
         total = words.new_zeros(())
         for frames, tokens in zip(words.split(batch.lengths.tolist()), batch.labels):
-            tokens = tokens[(tokens != IGNORE) & (tokens != self.text.end)]
+            tokens = tokens[(tokens != IGNORE_INDEX) & (tokens != self.text.end)]
             total = total - (frames[:, tokens].logsumexp(0) - math.log(len(frames))).sum()
         return total
 
@@ -118,15 +118,15 @@ class Translator(nn.Module):
         return self._generate(self._read(self.features(batch), batch.lengths), decode, 1)
 
     @torch.no_grad()
-    def answers(self, batch: Batch, decode: Decode, count: int) -> list[list[tuple[str, float]]]:
+    def generate_with_scores(self, batch: Batch, decode: Decode, count: int) -> list[list[tuple[str, float]]]:
         """For each clip its `count` best sentences, and how sure the model is of each: the geometric mean of the probabilities of
         the text's tokens and of the end after them."""
         inputs = self._read(self.features(batch), batch.lengths)
         texts = self._generate(inputs, decode, count)
-        labels = nn.utils.rnn.pad_sequence([torch.tensor(self.text.encode(text)) for text in texts], True, IGNORE).to(inputs["attention_mask"].device)
+        labels = nn.utils.rnn.pad_sequence([torch.tensor(self.text.encode(text)) for text in texts], True, IGNORE_INDEX).to(inputs["attention_mask"].device)
         inputs = {name: tensor.repeat_interleave(count, 0) for name, tensor in inputs.items()}
-        losses = F.cross_entropy(self.family.logits(inputs, labels).float().mT, labels, ignore_index=IGNORE, reduction="none")  # (B * count, L)
-        sure = (-losses.sum(1) / (labels != IGNORE).sum(1)).exp().tolist()
+        losses = F.cross_entropy(self.family.logits(inputs, labels).float().mT, labels, ignore_index=IGNORE_INDEX, reduction="none")  # (B * count, L)
+        sure = (-losses.sum(1) / (labels != IGNORE_INDEX).sum(1)).exp().tolist()
         found = list(zip(texts, sure))
         return [found[i : i + count] for i in range(0, len(found), count)]
 
