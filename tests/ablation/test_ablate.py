@@ -154,8 +154,8 @@ def test_what_the_llm_is_to_read_is_said_of_stage_2_and_joint_training_reads_sig
 
 @pytest.mark.parametrize("field,value", [("llm.input", "frames"), ("train.frozen", "backbone")])
 def test_rows_from_cached_features_are_refused_where_video_is_needed(field, value, tmp_path):
-    with pytest.raises(UserError, match="row 'none' reads features that are written once"):
-        Sweep("demo", ["words"], 1, [], {field: value}, tmp_path)
+    with pytest.raises(UserError, match="row 'all weights' reads features that are written once"):
+        Sweep("demo", ["lora"], 1, [], {field: value}, tmp_path)
 
 
 def test_all_tables_share_the_runs_they_have_in_common_and_no_two_runs_share_a_folder(tmp_path):

@@ -239,7 +239,7 @@ def test_hidden_files_are_passed_over(tmp_path):
 def test_images_of_one_number_have_one_order(tmp_path):
     for i, name in enumerate(("2.png", "01.png", "1.png")):
         tmp_path.joinpath(name).write_bytes(cv2.imencode(".png", np.full((16, 16), 100 * i, np.uint8))[1].tobytes())
-    assert [f.to_ndarray(format="gray").mean().round(-1) for f in ImageFiles(str(tmp_path)).frames()[1]] == [100, 200, 0]
+    assert [f.to_ndarray(format="gray").mean().round(-1) for _, f in ImageFiles(str(tmp_path)).frames()[1]] == [100, 200, 0]
 
 
 class Hostile:

@@ -13,12 +13,11 @@ import torch.distributed as dist
 from noted import Noted
 
 import flallm as package
-from flallm import cpu_quota
 from flallm.data.clips import Clip
 from flallm.data.encode import EncodeOptions
 from flallm.data.shards import make_shards
 from flallm.distributed.rendezvous import SIZES, _store_of_this_start, rendezvous
-from flallm.utils import usable_cpus
+from flallm.utils import cpu_quota, usable_cpus
 
 RANK = {
     "RANK": "0",
@@ -118,7 +117,7 @@ def test_ranks_that_start_again_meet_each_other_and_not_those_that_are_dead():
 
 def test_the_cores_of_a_process_are_those_that_it_may_use():
     core = str(min(os.sched_getaffinity(0)))
-    program = [sys.executable, "-c", "import flallm; print(flallm.usable_cpus())"]
+    program = [sys.executable, "-c", "from flallm.utils import usable_cpus; print(usable_cpus())"]
     environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
     bound = subprocess.run(["taskset", "-c", core, *program], env=environment, capture_output=True)
     asked = subprocess.run(program, env=environment | {"SLURM_CPUS_PER_TASK": "1"}, capture_output=True)

@@ -123,7 +123,7 @@ def test_tables_that_share_their_runs_as_arrays_of_jobs(cluster, recipe, tmp_pat
         "ablate",
         recipe,
         "--table=words,lora",
-        "--rows=features through the adapter,none",
+        "--rows=features through the adapter,all weights",
         f"--out={tmp_path}/out",
         "--train.steps=2",
         "--train.dev_every=2",
