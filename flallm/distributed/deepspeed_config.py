@@ -21,29 +21,52 @@ def deepspeed_config(config: Train, device: str) -> dict:
     from pydantic import ValidationError
 
     here = Path(__file__).parents[1]
-    folder = next(f for f in (here / "ds_configs", here.parent / "ds_configs") if f.is_dir())  # installed, or in the repo
-    path = Path(config.deepspeed) if config.deepspeed else folder / ("zero2.json" if device == "cuda" else "zero2_cpu.json")
-    if not path.exists() and path.parent.name in ("", "ds_configs"):  # ours, by its name, from any working folder
+    folder = next(
+        f for f in (here / "ds_configs", here.parent / "ds_configs") if f.is_dir()
+    )  # installed, or in the repo
+    path = (
+        Path(config.deepspeed)
+        if config.deepspeed
+        else folder / ("zero2.json" if device == "cuda" else "zero2_cpu.json")
+    )
+    if not path.exists() and path.parent.name in (
+        "",
+        "ds_configs",
+    ):  # ours, by its name, from any working folder
         path = folder / path.name
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"train.deepspeed: {path} cannot be read as JSON: {error}") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
-        raise UserError(f"train.deepspeed: {path} holds no settings of DeepSpeed: an object with sections such as zero_optimization was expected")
+    if not isinstance(settings, dict) or not isinstance(
+        settings.get("zero_optimization", {}), dict
+    ):
+        raise UserError(
+            f"train.deepspeed: {path} holds no settings of DeepSpeed: an object with sections such as zero_optimization was expected"
+        )
     for name, value in config.deepspeed_overrides.items():
         if name not in settings:
-            raise UserError(f"train.deepspeed_overrides: {path} has no field {name!r} but {', '.join(settings)}")
+            raise UserError(
+                f"train.deepspeed_overrides: {path} has no field {name!r} but {', '.join(settings)}"
+            )
         if isinstance(settings[name], dict) is not isinstance(value, dict):
-            raise UserError(f"train.deepspeed_overrides: {name} is {settings[name]} in {path} and cannot be {value}")
+            raise UserError(
+                f"train.deepspeed_overrides: {name} is {settings[name]} in {path} and cannot be {value}"
+            )
         settings[name] = settings[name] | value if isinstance(value, dict) else value
     if ours := settings.keys() & MANAGED_KEYS:
-        raise UserError(f"train.deepspeed: {', '.join(sorted(ours))} in {path} would be filled in from the recipe: leave it out of the file")
+        raise UserError(
+            f"train.deepspeed: {', '.join(sorted(ours))} in {path} would be filled in from the recipe: leave it out of the file"
+        )
     try:
         stage = DeepSpeedZeroConfig(**settings.get("zero_optimization", {})).stage
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))} in {path}: {first['msg']}") from None
+        raise UserError(
+            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))} in {path}: {first['msg']}"
+        ) from None
     if stage not in (1, 2, 3):
-        raise UserError(f"train.deepspeed: zero_optimization.stage is {stage} in {path}; 1, 2 and 3 are supported")
+        raise UserError(
+            f"train.deepspeed: zero_optimization.stage is {stage} in {path}; 1, 2 and 3 are supported"
+        )
     return settings

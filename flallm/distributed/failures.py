@@ -13,7 +13,9 @@ import torch.distributed as dist
 from flallm.distributed.context import DistContext
 from flallm.utils import UserError
 
-EXIT_REQUEUE = 75  # exit code of a run that was asked to stop and has saved all: start it again (EX_TEMPFAIL)
+EXIT_REQUEUE = (
+    75  # exit code of a run that was asked to stop and has saved all: start it again (EX_TEMPFAIL)
+)
 
 
 @contextlib.contextmanager
@@ -25,17 +27,29 @@ def report_first_failure(ranks: DistContext) -> Iterator[None]:
     except Exception as error:
         if ranks.world_size == 1:
             raise
-        lost = not isinstance(error, UserError) and ("gloo" in str(error) or isinstance(error, dist.DistError) or "Connection" in type(error).__name__)
+        lost = not isinstance(error, UserError) and (
+            "gloo" in str(error)
+            or isinstance(error, dist.DistError)
+            or "Connection" in type(error).__name__
+        )
         mine = "" if lost else f"{type(error).__name__}: {error}"
         words = _exchange_failures(ranks, mine)
-        if isinstance(error, UserError) and mine in [said for rank, said in words.items() if rank < ranks.rank]:
+        if isinstance(error, UserError) and mine in [
+            said for rank, said in words.items() if rank < ranks.rank
+        ]:
             raise SystemExit(2) from None  # it is said
         if not lost:
             raise
         causes = [f"rank {rank}: {said}" for rank, said in words.items() if said] or [
-            f"no word from rank {rank}: it was killed or hangs" for rank in range(ranks.world_size) if rank not in words
+            f"no word from rank {rank}: it was killed or hangs"
+            for rank in range(ranks.world_size)
+            if rank not in words
         ]
-        print(f"rank {ranks.rank} ends because another did: {'; '.join(causes) or error}", file=sys.stderr, flush=True)
+        print(
+            f"rank {ranks.rank} ends because another did: {'; '.join(causes) or error}",
+            file=sys.stderr,
+            flush=True,
+        )
         raise SystemExit(1) from None
 
 
@@ -47,7 +61,11 @@ def _exchange_failures(ranks: DistContext, said: str) -> dict[int, str]:
         store.set(str(ranks.rank), said)
         for _ in range(25):  # even one who has all waits: the others may not have read yet
             time.sleep(0.2)
-            words |= {r: store.get(str(r)).decode() for r in range(ranks.world_size) if r not in words and store.check([str(r)])}
+            words |= {
+                r: store.get(str(r)).decode()
+                for r in range(ranks.world_size)
+                if r not in words and store.check([str(r)])
+            }
     return words
 
 
@@ -58,7 +76,9 @@ class PreemptionHandler:
         self.stop = False
 
     def __enter__(self) -> PreemptionHandler:
-        self.before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {
+            number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
         return self
 
     def _hear(self, *_) -> None:

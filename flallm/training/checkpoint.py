@@ -21,7 +21,16 @@ from safetensors.torch import load_file, save_file
 from flallm.config import Checkpoint
 from flallm.distributed.context import DistContext
 from flallm.distributed.zero import gathered_parameters, load_optimizer_shards, optimizer_shards
-from flallm.model.weights import by_dev_score, checkpoint_steps, file_problem, file_sha256, manifest_digest, read_manifest, read_manifests, unique_tensors
+from flallm.model.weights import (
+    by_dev_score,
+    checkpoint_steps,
+    file_problem,
+    file_sha256,
+    manifest_digest,
+    read_manifest,
+    read_manifests,
+    unique_tensors,
+)
 from flallm.utils import UserError, ensure_dir
 
 
@@ -32,10 +41,14 @@ class TrainingState:
     step: int = 0  # the last one done: the position in the plan
     skipped: int = 0  # steps that were left out
     skipped_in_a_row: int = 0
-    usual: float = 0.0  # loss of a token: a running mean over the steps, where train.spike looks at it
+    loss_ema: float = 0.0  # running mean of the loss a token, where train.spike looks at it
     seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)  # of this rank, since the last line of the log
-    leading: str = ""  # the dev score that decides which checkpoint is the best, from the first look at dev on
+    sums: dict[str, float] = field(
+        default_factory=dict
+    )  # of this rank, since the last line of the log
+    leading: str = (
+        ""  # the dev score that decides which checkpoint is the best, from the first look at dev on
+    )
 
 
 class DiskError(Exception):
@@ -72,12 +85,21 @@ class CheckpointManager:
         self.finalize()
         self.last = time.monotonic()
         scores = {"dev_bleu4": None} | {f"dev_{name}": score for name, score in (dev or {}).items()}
-        self.manifest = {"step": state.step, **scores, "world_size": self.ranks.world_size, "state": asdict(state), **self.facts}
+        self.manifest = {
+            "step": state.step,
+            **scores,
+            "world_size": self.ranks.world_size,
+            "state": asdict(state),
+            **self.facts,
+        }
         tensors = {f"rank-{self.ranks.rank}.safetensors": rank_tensors(engine, self.ranks)}
         with gathered_parameters(engine):
             if self.ranks.is_main:
                 tensors["model.safetensors"] = unique_tensors(engine.module)
-            copies = {name: {k: v.detach().to("cpu", copy=True) for k, v in content.items()} for name, content in tensors.items()}
+            copies = {
+                name: {k: v.detach().to("cpu", copy=True) for k, v in content.items()}
+                for name, content in tensors.items()
+            }
         self.part = self.folder / f".step-{state.step}.part"
         self.files = self.thread.submit(_write, self.part, copies)
 
@@ -97,7 +119,9 @@ class CheckpointManager:
         if problem:
             if self.ranks.is_main:
                 shutil.rmtree(self.part, ignore_errors=True)
-            raise DiskError(f"checkpoint of step {manifest['step']} could not be written: {problem}")
+            raise DiskError(
+                f"checkpoint of step {manifest['step']} could not be written: {problem}"
+            )
         if self.ranks.is_main:
             self.thread.submit(_remove_old, self.folder, self.keep)
 
@@ -111,7 +135,10 @@ class CheckpointManager:
         folder = self.folder / f"step-{manifest['step']}"
         try:
             for name, facts in manifest["files"].items():
-                if not (self.part / name).is_file() or (self.part / name).stat().st_size != facts["bytes"]:
+                if (
+                    not (self.part / name).is_file()
+                    or (self.part / name).stat().st_size != facts["bytes"]
+                ):
                     return f"{name}, of another rank, is not there: a run folder has to lie on a file system that all nodes share"
             with open(self.part / "manifest.json", "w", encoding="utf-8") as file:
                 file.write(json.dumps(manifest | {"sha256": manifest_digest(manifest)}, indent=1))
@@ -134,7 +161,10 @@ def _write(part: Path, contents: dict[str, dict[str, torch.Tensor]]) -> dict:
             save_file(tensors, part / name)
             with open(part / name, "rb") as file:
                 os.fsync(file.fileno())
-            files[name] = {"bytes": (part / name).stat().st_size, "sha256": file_sha256(part / name)}
+            files[name] = {
+                "bytes": (part / name).stat().st_size,
+                "sha256": file_sha256(part / name),
+            }
         _sync(part)
     except (OSError, SafetensorError) as error:
         for name in contents:  # room for the log to say so
@@ -145,11 +175,15 @@ def _write(part: Path, contents: dict[str, dict[str, torch.Tensor]]) -> dict:
 
 def _remove_old(folder: Path, keep: Checkpoint) -> None:
     found = sorted(read_manifests(folder), key=lambda pair: pair[0]["step"])
-    kept = {path for _, path in found[-keep.last :]} | {path for m, path in found if keep.every_nth and m["step"] % keep.every_nth == 0}
+    kept = {path for _, path in found[-keep.last :]} | {
+        path for m, path in found if keep.every_nth and m["step"] % keep.every_nth == 0
+    }
     kept |= {path for *_, path in sorted(by_dev_score(found))[-keep.best :]}
     for _, path in found:
         if path not in kept:
-            gone = path.rename(folder / f".{path.name}.part")  # what is left of it after a kill looks like no checkpoint
+            gone = path.rename(
+                folder / f".{path.name}.part"
+            )  # what is left of it after a kill looks like no checkpoint
             shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -159,16 +193,25 @@ def rank_tensors(engine, ranks: DistContext) -> dict[str, torch.Tensor]:
     tensors["random|cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
         tensors["random|cuda"] = torch.cuda.get_rng_state()
-    if not ranks.is_main:  # rank 0's are in model.safetensors; others' differ where BatchNorm's statistics are local
+    if (
+        not ranks.is_main
+    ):  # rank 0's are in model.safetensors; others' differ where BatchNorm's statistics are local
         tensors |= {f"buffer|{name}": t for name, t in _buffers(engine.module).items()}
     return tensors
 
 
-def restore_state(folder: Path, manifest: dict, engine, ranks: DistContext, seed: int) -> TrainingState:
+def restore_state(
+    folder: Path, manifest: dict, engine, ranks: DistContext, seed: int
+) -> TrainingState:
     """Puts optimiser, generators and buffers back; the weights are in the model already. A changed number of ranks shares the
     optimiser's state out anew."""
-    load_optimizer_shards(engine, [folder / f"rank-{r}.safetensors" for r in range(manifest["world_size"])])
-    state = TrainingState(**manifest["state"])
+    load_optimizer_shards(
+        engine, [folder / f"rank-{r}.safetensors" for r in range(manifest["world_size"])]
+    )
+    saved = dict(manifest["state"])
+    if "usual" in saved:  # the name before this version
+        saved["loss_ema"] = saved.pop("usual")
+    state = TrainingState(**saved)
     if manifest["world_size"] != ranks.world_size:
         torch.manual_seed(seed * 1000 + ranks.rank + 1 + 1_000_003 * state.step)
         state.sums = {k: sum(s[k] for s in state.sums) * ranks.is_main for k in state.sums[0]}
@@ -191,8 +234,13 @@ def latest_valid(run: Path, ranks: DistContext) -> tuple[Path, dict] | None:
         folder = run / f"checkpoints/step-{step}"
         try:
             manifest, problem = read_manifest(folder), None
-            files = list(manifest["files"])[ranks.rank :: ranks.world_size]  # ranks share the reading
-            problem = next((p for p in (file_problem(folder / f, manifest["files"][f]) for f in files) if p), None)
+            files = list(manifest["files"])[
+                ranks.rank :: ranks.world_size
+            ]  # ranks share the reading
+            problem = next(
+                (p for p in (file_problem(folder / f, manifest["files"][f]) for f in files) if p),
+                None,
+            )
         except UserError as error:
             manifest, problem = {}, str(error)
         problem = next((p for p in ranks.gather(problem) if p), None)
@@ -201,7 +249,9 @@ def latest_valid(run: Path, ranks: DistContext) -> tuple[Path, dict] | None:
         if ranks.is_main:
             print(f"warning: {problem}; going on from the checkpoint before it", flush=True)
     if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {run} is whole: remove them to start from the beginning")
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {run} is whole: remove them to start from the beginning"
+        )
     return None
 
 
@@ -216,7 +266,9 @@ def lock(run: Path, ranks: DistContext) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{run} cannot be written to: {error.strerror}") from None
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would inherit and keep
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # not flock, which worker processes would inherit and keep
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
@@ -224,7 +276,10 @@ def lock(run: Path, ranks: DistContext) -> Iterator[None]:
             file.seek(0)
             held = file.read() or "another process"
         except OSError as error:
-            print(f"warning: {run} cannot be locked ({error}): see to it that only one run writes into it", flush=True)
+            print(
+                f"warning: {run} cannot be locked ({error}): see to it that only one run writes into it",
+                flush=True,
+            )
     if held := ranks.gather(held)[0]:
         raise UserError(f"{run} is being written by {held}: wait for it, or name another --run_dir")
     try:

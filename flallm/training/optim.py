@@ -12,7 +12,9 @@ def parameter_groups(model: Translator, config: Train) -> list[dict]:
     """One group for each part that trains, with its own learning rate."""
     groups = []
     for part in ("encoder", "adapter", "language"):
-        modules = [getattr(model, part)] + ([model.words] if part == "adapter" and hasattr(model, "words") else [])
+        modules = [getattr(model, part)] + (
+            [model.words] if part == "adapter" and hasattr(model, "words") else []
+        )
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if params:
             groups.append({"name": part, "params": params, "lr": getattr(config, f"lr_{part}")})
