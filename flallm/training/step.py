@@ -112,8 +112,8 @@ def train_step(
 ) -> StepResult:
     """One optimiser step on this rank's micro-batches.
 
-    The gradient is that of the mean over all target tokens of the step, wherever they are: DeepSpeed
-    averages over ranks and micro-batches, so every sum of losses is multiplied by their number and
+    The gradient is that of the mean over all target tokens of the step, wherever they are:
+    DeepSpeed averages over ranks and micro-batches, so every sum of losses is multiplied by their number and
     divided by all tokens. A skipped step leaves no trace on any rank.
 
     all_tokens: target tokens over all ranks; summed here where it is not given.
