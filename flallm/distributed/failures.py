@@ -13,7 +13,7 @@ import torch.distributed as dist
 from flallm.distributed.context import DistContext
 from flallm.utils import UserError
 
-# Exit code of a run that was asked to stop and has saved a checkpoint (EX_TEMPFAIL): start it again.
+# Exit code of a run that has saved a checkpoint because it was asked to stop (EX_TEMPFAIL).
 EXIT_REQUEUE = 75
 EXCHANGE_SECONDS = 5  # how long ranks wait for each other's reasons
 

@@ -173,6 +173,6 @@ def _check_same_words(
     if saved.tokenizer.get_vocab() != model.text.tokenizer.get_vocab():
         path = config.llm.path
         raise UserError(
-            f"llm.input: {stage1} knows the words of {stage1_config.llm.path}, not those of {path}: "
-            f"train a stage 1 with --llm.path={path}"
+            f"llm.input: {stage1} knows the words of {stage1_config.llm.path}, "
+            f"not those of {path}: train a stage 1 with --llm.path={path}"
         )

@@ -113,8 +113,8 @@ def train_step(
     """One optimiser step on this rank's micro-batches.
 
     The gradient is that of the mean over all target tokens of the step, wherever they are:
-    DeepSpeed averages over ranks and micro-batches, so every sum of losses is multiplied by their number and
-    divided by all tokens. A skipped step leaves no trace on any rank.
+    DeepSpeed averages over ranks and micro-batches, so every sum of losses is multiplied by their
+    number and divided by all tokens. A skipped step leaves no trace on any rank.
 
     all_tokens: target tokens over all ranks; summed here where it is not given.
     max_loss: a step whose mean loss a token is above it is skipped.
