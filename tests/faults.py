@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,11 +29,12 @@ from safetensors.torch import load_file
 from flallm import cli
 from flallm import config as cfg
 from flallm.data.dataset import Batch
+from flallm.distributed.context import DistContext
 from flallm.distributed.rendezvous import rendezvous
 from flallm.model.translator import Translator
 from flallm.training import checkpoint
-from flallm.training import train as training
 from flallm.training.checkpoint import CheckpointManager
+from flallm.training.step import StepVotes
 from flallm.training.train import train
 from flallm.utils import UserError
 
@@ -375,16 +377,16 @@ class StopAfter:
 
     def __call__(self, rank: int) -> None:
         if rank == 0:
-            original, calls = training.train_step, 0
+            original, calls = StepVotes.agree, 0
 
-            def wrapped(*args, **options):
+            def agree(votes: StepVotes, ranks: DistContext) -> StepVotes:
                 nonlocal calls
                 calls += 1
                 if calls == self.step:
                     os.kill(os.getpid(), signal.SIGUSR1)
-                return original(*args[:3], calls >= self.step, *args[4:], **options)
+                return original(replace(votes, stop=calls >= self.step), ranks)
 
-            training.train_step = wrapped
+            StepVotes.agree = agree
 
 
 def two_runs_in_one_folder(lab: Lab) -> str:

@@ -43,7 +43,9 @@ class DistContext:
 
 
 def init_distributed(timeout: float = 600) -> DistContext:
-    """Joins the process group that torchrun, deepspeed or srun describes in the environment; alone: a group of one.
+    """Joins the process group that torchrun, deepspeed or srun describes in the environment.
+
+    A process that none of them started is a group of one.
 
     timeout: seconds without an answer from the others after which a rank gives up.
     """
@@ -51,15 +53,19 @@ def init_distributed(timeout: float = 600) -> DistContext:
     complete_environment()
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
     if torch.cuda.is_available():
-        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # clips differ in length, and so do the blocks of every step
-        # A run that goes on is to differ from one never stopped as little as kernels allow; this costs no time (docs/gpu.md).
+        # Clips differ in length, and so do the memory blocks of every step.
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # A resumed run should differ from one never stopped as little as kernels allow. This costs
+        # no time.
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls what torch renames
+    # DeepSpeed calls functions that torch is renaming.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
-    if hasattr(deepspeed.ops, "__compatible_ops__"):  # else every start on a CPU compiles it (79 s), and a killed build locks the next
+    # Every start on a CPU would compile this operator (79 s); a killed build locks the next one.
+    if hasattr(deepspeed.ops, "__compatible_ops__"):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = torch.device("cpu")
@@ -92,12 +98,21 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def computes_in_bf16(config: Train, kind: str) -> bool:
-    """Whether the recipe says so and a device of that kind, cpu or cuda, is fit for it. A CPU without instructions for it takes 40 times
-    as long as for fp32 (matrices of 512 x 512, AVX2 alone)."""
-    return config.precision == "bf16" and (kind == "cuda" or getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)())
+def computes_in_bf16(config: Train, device_type: str) -> bool:
+    """Whether the recipe asks for bf16 and devices of this type, cpu or cuda, are fit for it.
+
+    A CPU without instructions for bf16 takes 40 times as long as for fp32 (matrices of 512 x 512
+    with AVX2).
+    """
+    if config.precision != "bf16":
+        return False
+    if device_type == "cuda":
+        return True
+    cpu_has_bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    return cpu_has_bf16()
 
 
 def precision(config: Train, device: torch.device) -> torch.autocast:
     """The context in which a model computes outside training."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(config, device.type))
+    enabled = computes_in_bf16(config, device.type)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

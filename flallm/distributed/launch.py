@@ -21,8 +21,16 @@ def spawn(function: Callable, world_size: int, *args) -> None:
     torch.multiprocessing.spawn(_run_rank, (function, world_size, where, args), world_size)
 
 
-def _run_rank(rank: int, function: Callable, world_size: int, where: dict[str, str], args: tuple) -> None:
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+def _run_rank(
+    rank: int, function: Callable, world_size: int, where: dict[str, str], args: tuple
+) -> None:
+    os.environ.update(
+        where,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+    )
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # should this be below a torchrun
     try:
         function(*args)

@@ -97,7 +97,9 @@ def _slurm_node_address(nodes: str) -> str | None:
 
 def _scontrol(*words: str) -> str:
     command = ["scontrol", "show", *words]
-    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=60).stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+    ).stdout
 
 
 def _is_of_this_machine(address: str) -> bool:
@@ -138,7 +140,9 @@ def join_group(rank: int, world_size: int, device: torch.device, timeout: timede
         gloo = "gloo" in str(error)
         if not gloo and not isinstance(error, (dist.DistStoreError, dist.DistNetworkError)):
             raise
-        hint = "; GLOO_SOCKET_IFNAME names the network interface that machines share" if gloo else ""
+        hint = (
+            "; GLOO_SOCKET_IFNAME names the network interface that machines share" if gloo else ""
+        )
         exit_with(f"rank {rank} of {world_size} cannot join the others: {first_line(error)}{hint}")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -20,22 +21,39 @@ from safetensors.torch import load_file, save_file
 
 from flallm.config import Checkpoint
 from flallm.distributed.context import DistContext
-from flallm.distributed.zero import gathered_parameters, load_optimizer_shards, optimizer_shards
-from flallm.model.weights import by_dev_score, checkpoint_steps, file_problem, file_sha256, manifest_digest, read_manifest, read_manifests, unique_tensors
+from flallm.distributed.zero import ZeroShards, gathered_parameters
+from flallm.model.weights import (
+    by_dev_score,
+    checkpoint_steps,
+    file_problem,
+    file_sha256,
+    manifest_digest,
+    read_manifest,
+    read_manifests,
+    unique_tensors,
+)
 from flallm.utils import UserError, ensure_dir
 
 
 @dataclass
 class TrainingState:
-    """What must survive a run's end and is no tensor."""
+    """What must survive a run's end and is no tensor.
 
-    step: int = 0  # the last one done: the position in the plan
-    skipped: int = 0  # steps that were left out
+    step: the last one done, which is the position in the sampler's order.
+    skipped, skipped_in_a_row: steps that changed no weights.
+    loss_ema: running mean of the loss a token; 0 where train.spike does not look at it.
+    seconds: that the run took, all its starts together.
+    sums: of this rank, since the last line of the log.
+    leading: the dev score that decides which checkpoint is best; "" before the first validation.
+    """
+
+    step: int = 0
+    skipped: int = 0
     skipped_in_a_row: int = 0
-    usual: float = 0.0  # loss of a token: a running mean over the steps, where train.spike looks at it
+    loss_ema: float = 0.0
     seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)  # of this rank, since the last line of the log
-    leading: str = ""  # the dev score that decides which checkpoint is the best, from the first look at dev on
+    sums: dict[str, float] = field(default_factory=dict)
+    leading: str = ""
 
 
 class DiskError(Exception):
@@ -43,20 +61,24 @@ class DiskError(Exception):
 
 
 class CheckpointManager:
-    """Writes a run's checkpoints, at most one at a time. Every rank has one and calls the same methods at the same steps."""
+    """Writes a run's checkpoints, at most one at a time.
 
-    def __init__(self, run: Path, ranks: DistContext, keep: Checkpoint, facts: dict):
-        """facts: what goes into every manifest."""
-        self.folder, self.ranks, self.keep, self.facts = run / "checkpoints", ranks, keep, facts
+    Every rank has one and calls the same methods at the same steps.
+    """
+
+    def __init__(self, run: Path, ranks: DistContext, keep: Checkpoint, metadata: dict):
+        """metadata: what goes into every manifest."""
+        self.folder = run / "checkpoints"
+        self.ranks, self.keep, self.metadata = ranks, keep, metadata
         self.thread = ThreadPoolExecutor(1)
         self.manifest: dict | None = None  # of the checkpoint that is being written
         self.files: Future[dict] | None = None
-        self.last = time.monotonic()  # when it saved
+        self.last_save = time.monotonic()
         if ranks.is_main:
             self.folder.mkdir(exist_ok=True)
             for part in self.folder.glob(".step-*.part"):
                 shutil.rmtree(part)
-        ranks.gather(None)  # nobody writes before that is done
+        ranks.gather(None)  # no rank writes before that is done
 
     @property
     def written(self) -> bool:
@@ -64,57 +86,77 @@ class CheckpointManager:
         return self.files is not None and self.files.done()
 
     def due(self) -> bool:
-        """Whether it is time, by the clock of the rank that is asked."""
-        return bool(self.keep.minutes) and time.monotonic() - self.last > 60 * self.keep.minutes
+        """Whether `checkpoint.minutes` have passed, by this rank's clock."""
+        minutes = self.keep.minutes
+        return bool(minutes) and time.monotonic() - self.last_save > 60 * minutes
 
-    def save(self, engine, state: TrainingState, dev: dict[str, float] | None) -> None:
-        """Copies what is to be written, and leaves the writing to a thread. dev: scores by name."""
+    def save(self, engine, state: TrainingState, dev_scores: dict[str, float] | None) -> None:
+        """Copies what a checkpoint holds, and leaves the writing to a thread.
+
+        dev_scores: by name, where the dev split was decoded after this step.
+        """
         self.finalize()
-        self.last = time.monotonic()
-        scores = {"dev_bleu4": None} | {f"dev_{name}": score for name, score in (dev or {}).items()}
-        self.manifest = {"step": state.step, **scores, "world_size": self.ranks.world_size, "state": asdict(state), **self.facts}
-        tensors = {f"rank-{self.ranks.rank}.safetensors": rank_tensors(engine, self.ranks)}
+        self.last_save = time.monotonic()
+        self.manifest = {"step": state.step, "dev_bleu4": None}
+        for name, score in (dev_scores or {}).items():
+            self.manifest[f"dev_{name}"] = score
+        self.manifest |= {"world_size": self.ranks.world_size, "state": asdict(state)}
+        self.manifest |= self.metadata
+        files = {f"rank-{self.ranks.rank}.safetensors": rank_tensors(engine, self.ranks)}
         with gathered_parameters(engine):
             if self.ranks.is_main:
-                tensors["model.safetensors"] = unique_tensors(engine.module)
-            copies = {name: {k: v.detach().to("cpu", copy=True) for k, v in content.items()} for name, content in tensors.items()}
+                files["model.safetensors"] = unique_tensors(engine.module)
+            copies = {name: _copies(tensors) for name, tensors in files.items()}
         self.part = self.folder / f".step-{state.step}.part"
         self.files = self.thread.submit(_write, self.part, copies)
 
     def finalize(self) -> None:
-        """Makes a checkpoint of what all ranks have written or, where some still write, will have; raises DiskError on all of
-        them if one could not."""
+        """Makes a checkpoint of the files that all ranks write, and waits for those that still do.
+
+        Raises DiskError on all ranks if one rank could not write.
+        """
         if self.manifest is None:
             return
-        manifest, self.manifest, files, self.files = self.manifest, None, self.files.result(), None
+        manifest, files = self.manifest, self.files.result()
+        self.manifest = self.files = None
         reports = self.ranks.gather({"files": files, "sums": manifest["state"]["sums"]})
-        problem = next((r["files"]["error"] for r in reports if "error" in r["files"]), None)
+        errors = [report["files"]["error"] for report in reports if "error" in report["files"]]
+        problem = errors[0] if errors else None
         if self.ranks.is_main and problem is None:
-            manifest["state"]["sums"] = [r["sums"] for r in reports]
-            manifest["files"] = {name: facts for r in reports for name, facts in r["files"].items()}
-            problem = self._name(manifest)
+            manifest["state"]["sums"] = [report["sums"] for report in reports]
+            manifest["files"] = {}
+            for report in reports:
+                manifest["files"] |= report["files"]
+            problem = self._publish(manifest)
         problem = self.ranks.gather(problem)[0]
         if problem:
             if self.ranks.is_main:
                 shutil.rmtree(self.part, ignore_errors=True)
-            raise DiskError(f"checkpoint of step {manifest['step']} could not be written: {problem}")
+            step = manifest["step"]
+            raise DiskError(f"checkpoint of step {step} could not be written: {problem}")
         if self.ranks.is_main:
             self.thread.submit(_remove_old, self.folder, self.keep)
 
     def close(self) -> None:
-        """Waits until all is written and, on every rank, known to be."""
+        """Waits until the checkpoint in progress is complete on every rank."""
         self.finalize()
         self.thread.shutdown()
         self.ranks.gather(None)
 
-    def _name(self, manifest: dict) -> str | None:
+    def _publish(self, manifest: dict) -> str | None:
+        """Writes the manifest and gives the checkpoint its name; returns a problem, if any."""
         folder = self.folder / f"step-{manifest['step']}"
         try:
-            for name, facts in manifest["files"].items():
-                if not (self.part / name).is_file() or (self.part / name).stat().st_size != facts["bytes"]:
-                    return f"{name}, of another rank, is not there: a run folder has to lie on a file system that all nodes share"
+            for name, metadata in manifest["files"].items():
+                path = self.part / name
+                if not path.is_file() or path.stat().st_size != metadata["bytes"]:
+                    return (
+                        f"{name}, of another rank, is not there: "
+                        "a run folder has to lie on a file system that all nodes share"
+                    )
             with open(self.part / "manifest.json", "w", encoding="utf-8") as file:
-                file.write(json.dumps(manifest | {"sha256": manifest_digest(manifest)}, indent=1))
+                signed = manifest | {"sha256": manifest_digest(manifest)}
+                file.write(json.dumps(signed, indent=1))
                 file.flush()
                 os.fsync(file.fileno())
             _sync(self.part)
@@ -123,6 +165,12 @@ class CheckpointManager:
             _sync(self.folder)
         except OSError as error:
             return str(error)
+        return None
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in the memory of the host, which training does not change."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _write(part: Path, contents: dict[str, dict[str, torch.Tensor]]) -> dict:
@@ -134,7 +182,10 @@ def _write(part: Path, contents: dict[str, dict[str, torch.Tensor]]) -> dict:
             save_file(tensors, part / name)
             with open(part / name, "rb") as file:
                 os.fsync(file.fileno())
-            files[name] = {"bytes": (part / name).stat().st_size, "sha256": file_sha256(part / name)}
+            files[name] = {
+                "bytes": (part / name).stat().st_size,
+                "sha256": file_sha256(part / name),
+            }
         _sync(part)
     except (OSError, SafetensorError) as error:
         for name in contents:  # room for the log to say so
@@ -144,94 +195,139 @@ def _write(part: Path, contents: dict[str, dict[str, torch.Tensor]]) -> dict:
 
 
 def _remove_old(folder: Path, keep: Checkpoint) -> None:
-    found = sorted(read_manifests(folder), key=lambda pair: pair[0]["step"])
-    kept = {path for _, path in found[-keep.last :]} | {path for m, path in found if keep.every_nth and m["step"] % keep.every_nth == 0}
-    kept |= {path for *_, path in sorted(by_dev_score(found))[-keep.best :]}
-    for _, path in found:
+    """Removes the checkpoints that are neither among the last nor the best nor every n-th."""
+    manifests = sorted(read_manifests(folder), key=lambda pair: pair[0]["step"])
+    kept = {path for _, path in manifests[-keep.last :]}
+    if keep.every_nth:
+        kept |= {path for m, path in manifests if m["step"] % keep.every_nth == 0}
+    kept |= {path for *_, path in sorted(by_dev_score(manifests))[-keep.best :]}
+    for _, path in manifests:
         if path not in kept:
-            gone = path.rename(folder / f".{path.name}.part")  # what is left of it after a kill looks like no checkpoint
-            shutil.rmtree(gone, ignore_errors=True)
+            # What is left of it after a kill does not look like a checkpoint.
+            part = path.rename(folder / f".{path.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def rank_tensors(engine, ranks: DistContext) -> dict[str, torch.Tensor]:
-    """What each rank has of its own."""
-    tensors = {f"optimizer|{name}": t for name, t in optimizer_shards(engine).items()}
+    """What each rank has of its own: its shard of the optimiser's state, generators, buffers."""
+    tensors = {f"optimizer|{name}": t for name, t in ZeroShards(engine).state().items()}
     tensors["random|cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
         tensors["random|cuda"] = torch.cuda.get_rng_state()
-    if not ranks.is_main:  # rank 0's are in model.safetensors; others' differ where BatchNorm's statistics are local
+    if not ranks.is_main:
+        # Rank 0's are in model.safetensors. Others' differ where BatchNorm's statistics are local.
         tensors |= {f"buffer|{name}": t for name, t in _buffers(engine.module).items()}
     return tensors
 
 
-def restore_state(folder: Path, manifest: dict, engine, ranks: DistContext, seed: int) -> TrainingState:
-    """Puts optimiser, generators and buffers back; the weights are in the model already. A changed number of ranks shares the
-    optimiser's state out anew."""
-    load_optimizer_shards(engine, [folder / f"rank-{r}.safetensors" for r in range(manifest["world_size"])])
-    state = TrainingState(**manifest["state"])
+def restore_state(
+    folder: Path, manifest: dict, engine, ranks: DistContext, seed: int
+) -> TrainingState:
+    """Puts optimiser, generators and buffers back; the weights are in the model already.
+
+    Another number of ranks shares the optimiser's state out anew.
+    """
+    rank_files = [folder / f"rank-{rank}.safetensors" for rank in range(manifest["world_size"])]
+    ZeroShards(engine).load_state(rank_files)
+    saved = dict(manifest["state"])
+    if "usual" in saved:  # its name in earlier versions
+        saved["loss_ema"] = saved.pop("usual")
+    state = TrainingState(**saved)
     if manifest["world_size"] != ranks.world_size:
         torch.manual_seed(seed * 1000 + ranks.rank + 1 + 1_000_003 * state.step)
-        state.sums = {k: sum(s[k] for s in state.sums) * ranks.is_main for k in state.sums[0]}
+        ranks_sums, state.sums = state.sums, {}
+        for name in ranks_sums[0]:
+            total = sum(sums[name] for sums in ranks_sums)
+            state.sums[name] = total if ranks.is_main else 0
         return state
-    own = load_file(folder / f"rank-{ranks.rank}.safetensors")
+    own = load_file(rank_files[ranks.rank])
     torch.set_rng_state(own["random|cpu"])
     if "random|cuda" in own and ranks.device.type == "cuda":
         torch.cuda.set_rng_state(own["random|cuda"])
-    for name, buffer in _buffers(engine.module).items():
-        if not ranks.is_main:
+    if not ranks.is_main:
+        for name, buffer in _buffers(engine.module).items():
             buffer.copy_(own[f"buffer|{name}"])
     state.sums = state.sums[ranks.rank]
     return state
 
 
 def latest_valid(run: Path, ranks: DistContext) -> tuple[Path, dict] | None:
-    """(folder, manifest) of the newest checkpoint whose every file is what its manifest says; None in a run that has none yet."""
-    found = ranks.gather(checkpoint_steps(run))[0]
-    for step in reversed(found):
+    """(folder, manifest) of the newest checkpoint whose every file is as its manifest says.
+
+    None in a run that has no checkpoint yet. Raises UserError where all checkpoints are damaged.
+    """
+    steps = ranks.gather(checkpoint_steps(run))[0]
+    for step in reversed(steps):
         folder = run / f"checkpoints/step-{step}"
-        try:
-            manifest, problem = read_manifest(folder), None
-            files = list(manifest["files"])[ranks.rank :: ranks.world_size]  # ranks share the reading
-            problem = next((p for p in (file_problem(folder / f, manifest["files"][f]) for f in files) if p), None)
-        except UserError as error:
-            manifest, problem = {}, str(error)
-        problem = next((p for p in ranks.gather(problem) if p), None)
-        if problem is None:
+        manifest, problem = _check_files(folder, ranks)
+        problems = [p for p in ranks.gather(problem) if p]
+        if not problems:
             return folder, manifest
         if ranks.is_main:
-            print(f"warning: {problem}; going on from the checkpoint before it", flush=True)
-    if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {run} is whole: remove them to start from the beginning")
+            print(f"warning: {problems[0]}; going on from the checkpoint before it", flush=True)
+    if steps:
+        raise UserError(
+            f"none of the {len(steps)} checkpoints in {run} is whole: "
+            "remove them to start from the beginning"
+        )
     return None
+
+
+def _check_files(folder: Path, ranks: DistContext) -> tuple[dict, str | None]:
+    """(manifest, problem) of a checkpoint; each rank reads its part of the files."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return {}, str(error)
+    for name in list(manifest["files"])[ranks.rank :: ranks.world_size]:
+        if problem := file_problem(folder / name, manifest["files"][name]):
+            return manifest, problem
+    return manifest, None
 
 
 @contextlib.contextmanager
 def lock(run: Path, ranks: DistContext) -> Iterator[None]:
-    """One run at a time in a folder. The lock is rank 0's and goes with its process, however that ends."""
-    held = None
+    """A context in which no other run may write into the folder.
+
+    The lock is rank 0's and goes with its process, however that ends.
+    """
+    file, holder = None, None
     if ranks.is_main:
         ensure_dir(run)
-        try:
-            file = open(run / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - it is held
-        except OSError as error:
-            raise UserError(f"{run} cannot be written to: {error.strerror}") from None
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would inherit and keep
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            held = file.read() or "another process"
-        except OSError as error:
-            print(f"warning: {run} cannot be locked ({error}): see to it that only one run writes into it", flush=True)
-    if held := ranks.gather(held)[0]:
-        raise UserError(f"{run} is being written by {held}: wait for it, or name another --run_dir")
+        file, holder = _try_lock(run)
+    if holder := ranks.gather(holder)[0]:
+        raise UserError(
+            f"{run} is being written by {holder}: wait for it, or name another --run_dir"
+        )
     try:
         yield
     finally:
-        if ranks.is_main:
+        if file:
             file.close()
+
+
+def _try_lock(run: Path) -> tuple[TextIO, str | None]:
+    """(the open lock file, the process that holds the lock if it is another)."""
+    try:
+        file = open(run / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - it stays open
+    except OSError as error:
+        raise UserError(f"{run} cannot be written to: {error.strerror}") from None
+    try:
+        # Not flock, which worker processes would inherit and keep.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        return file, file.read() or "another process"
+    except OSError as error:
+        print(
+            f"warning: {run} cannot be locked ({error}): "
+            "see to it that only one run writes into it",
+            flush=True,
+        )
+    return file, None
 
 
 def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -12,22 +12,32 @@ def parameter_groups(model: Translator, config: Train) -> list[dict]:
     """One group for each part that trains, with its own learning rate."""
     groups = []
     for part in ("encoder", "adapter", "language"):
-        modules = [getattr(model, part)] + ([model.words] if part == "adapter" and hasattr(model, "words") else [])
-        params = [p for module in modules for p in module.parameters() if p.requires_grad]
+        modules = [getattr(model, part)]
+        if part == "adapter" and hasattr(model, "words"):
+            modules.append(model.words)
+        params = []
+        for module in modules:
+            params += [p for p in module.parameters() if p.requires_grad]
         if params:
             groups.append({"name": part, "params": params, "lr": getattr(config, f"lr_{part}")})
     return groups
 
 
 def set_learning_rates(engine, config: Train, factor: float) -> dict[str, float]:
-    """Sets each group's learning rate to the recipe's times `factor`; returns the rates by the groups' names."""
+    """Sets each group's learning rate to the recipe's times `factor`.
+
+    Returns the rates by the names of the groups.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = factor * getattr(config, f"lr_{group['name']}")
     return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
 def schedule(config: Train, step: int, total: int) -> float:
-    """What the learning rates are multiplied by: a linear rise over the warm-up, then a cosine down to 0."""
+    """The factor of the learning rates in a step, from 0 on, of `total` steps.
+
+    It rises linearly over the warm-up and then falls along a cosine to 0.
+    """
     warmup = config.warmup * total
     if step < warmup:
         return (step + 1) / (warmup + 1)
