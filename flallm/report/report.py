@@ -130,7 +130,7 @@ def _render(found: dict) -> str:
         finalize=_printable,
     )
     environment.filters |= {"duration": _duration, "draw": draw, "thin": thin}
-    environment.globals |= {"reachable": metrics.REACHABLE, "number": _points, "interval": lambda score: f"[{score['ci95'][0]:.2f}, {score['ci95'][1]:.2f}]"}
+    environment.globals |= {"reachable": metrics.MIN_TOKENIZER_CEILING, "number": _points, "interval": lambda score: f"[{score['ci95'][0]:.2f}, {score['ci95'][1]:.2f}]"}
     script = Markup((PACKAGE / "page/report.js").read_text(encoding="utf-8"))
     style = Markup((PACKAGE / "page/report.css").read_text(encoding="utf-8"))
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
