@@ -74,14 +74,22 @@ COMMANDS = (
 def test_commands_take_the_place_of_the_shards(away, flallm, command):
     lost = flallm(*command, cwd=away)
     assert lost.returncode == 2 and lost.stderr.count("\n") == 1
-    assert f"{away / 'gone'} holds no finished shards" in lost.stderr and "--shards=DIR" in lost.stderr
+    assert (
+        f"{away / 'gone'} holds no finished shards" in lost.stderr and "--shards=DIR" in lost.stderr
+    )
     done = flallm(*command, "--shards=now", cwd=away)
     assert done.returncode == 0, done.stderr
     if command[0] == "features":
         splits = json.loads((away / "features/dataset.json").read_text())["splits"]
-        assert {name: split["clips"] for name, split in splits.items()} == {"train": 24, "dev": 8, "test": 7}
+        assert {name: split["clips"] for name, split in splits.items()} == {
+            "train": 24,
+            "dev": 8,
+            "test": 7,
+        }
     else:
-        assert (away / "run" / ("scores" if command[0] == "evaluate" else "probes") / "dev.json").is_file()
+        assert (
+            away / "run" / ("scores" if command[0] == "evaluate" else "probes") / "dev.json"
+        ).is_file()
 
 
 def test_the_page_and_the_card_take_the_place_of_the_shards(away, flallm):

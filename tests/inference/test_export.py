@@ -33,16 +33,29 @@ def trained(shards, llm, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("export")
     at = {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **SHORT}
     configs = {
-        "stage1": cfg.load("demo", "stage1", at | {"llm.lora.rank": 4}),  # which is for stage 2, in a recipe such as smollm2
+        "stage1": cfg.load(
+            "demo", "stage1", at | {"llm.lora.rank": 4}
+        ),  # which is for stage 2, in a recipe such as smollm2
         "stage2": cfg.load("demo", "stage2", at),
-        "lora": cfg.load("demo", "stage2", at | {"llm.path": str(save("llama", out / "llama")), "llm.lora.rank": 4, "llm.prompt": "we saw {video} and"}),
+        "lora": cfg.load(
+            "demo",
+            "stage2",
+            at
+            | {
+                "llm.path": str(save("llama", out / "llama")),
+                "llm.lora.rank": 4,
+                "llm.prompt": "we saw {video} and",
+            },
+        ),
     }
     spawn(runs, 1, configs, out)
     (out / "clip.mp4").write_bytes(Shards(str(shards), "test").read(3)[0])
     return out
 
 
-@pytest.mark.parametrize("name,options", [("stage1", []), ("stage2", []), ("lora", []), ("lora", ["--lora=separate"])])
+@pytest.mark.parametrize(
+    "name,options", [("stage1", []), ("stage2", []), ("lora", []), ("lora", ["--lora=separate"])]
+)
 def test_three_lines_of_python_say_what_the_run_says(trained, tmp_path, flallm, name, options):
     said = load(trained / name).translate(trained / "clip.mp4")
     assert said
@@ -52,7 +65,9 @@ def test_three_lines_of_python_say_what_the_run_says(trained, tmp_path, flallm, 
     program = f"import flallm\nmodel = flallm.load({str(tmp_path / 'out')!r})\nprint(model.translate({str(trained / 'clip.mp4')!r}))"
     os.rename(trained / name, tmp_path / "away")
     try:
-        alone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+        alone = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+        )
     finally:
         os.rename(tmp_path / "away", trained / name)
     assert alone.stdout.splitlines()[-1:] == [said], alone.stderr
@@ -60,13 +75,34 @@ def test_three_lines_of_python_say_what_the_run_says(trained, tmp_path, flallm, 
 
 
 def test_the_card_has_data_scores_with_their_signature_and_licence(trained, tmp_path, flallm):
-    (trained / "lora/scores/._test.json").write_bytes(b"\0\5\x16\7\xff")  # macOS leaves it beside test.json
-    assert flallm("export", trained / "lora", tmp_path / "out", "--license=cc-by-nc-4.0", cwd=tmp_path).returncode == 0
+    (trained / "lora/scores/._test.json").write_bytes(
+        b"\0\5\x16\7\xff"
+    )  # macOS leaves it beside test.json
+    assert (
+        flallm(
+            "export", trained / "lora", tmp_path / "out", "--license=cc-by-nc-4.0", cwd=tmp_path
+        ).returncode
+        == 0
+    )
     card = (tmp_path / "out/README.md").read_text()
-    for part in ("synthetic, 24 training clips", "| test | raw |", "tok:none", "license: cc-by-nc-4.0", "## Limits"):
+    for part in (
+        "synthetic, 24 training clips",
+        "| test | raw |",
+        "tok:none",
+        "license: cc-by-nc-4.0",
+        "## Limits",
+    ):
         assert part in card
     rows = [re.split(r"(?<!\\)\|", line) for line in card.splitlines() if line.startswith("| ")]
-    assert len(rows) > 4 and {len(row) for row in rows} == {8}  # no cell is cut by what stands in it
-    assert str(trained) not in (tmp_path / "out/config.yaml").read_text() + card and "base_model" not in card
+    assert len(rows) > 4 and {len(row) for row in rows} == {
+        8
+    }  # no cell is cut by what stands in it
+    assert (
+        str(trained) not in (tmp_path / "out/config.yaml").read_text() + card
+        and "base_model" not in card
+    )
     inside = flallm("export", trained / "lora", tmp_path / "out/README.md/x", cwd=tmp_path)
-    assert inside.returncode == 2 and inside.stderr == f"flallm: {tmp_path}/out/README.md cannot be made: File exists\n"
+    assert (
+        inside.returncode == 2
+        and inside.stderr == f"flallm: {tmp_path}/out/README.md cannot be made: File exists\n"
+    )
