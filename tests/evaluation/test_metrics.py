@@ -223,9 +223,9 @@ def test_the_leading_score_is_the_largest_n_for_which_half_of_the_references_hav
     ]:
         assert metrics.leading(references, convention) == name, (references, convention)
         assert metrics.scores(references, references, [convention])[convention]["leading"] == name
-    assert metrics.leading_note(
-        "bleu4"
-    ) == "" and "fewer than half of the references have 2 words" in metrics.leading_note("bleu1")
+    assert metrics.leading_note("bleu4") == ""
+    note = "fewer than half of the references have 2 words"
+    assert note in metrics.leading_note("bleu1")
 
 
 @settings(max_examples=60, deadline=None)
