@@ -1,4 +1,4 @@
-"""Decoding a split over all ranks, every clip once, and what is written of it."""
+"""Decodes a split over all ranks, every clip once, and writes its predictions and scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 
 from flallm import config as cfg
 from flallm.config import Config, Decode
-from flallm.data.dataset import Batch, ClipDataset, batches
+from flallm.data.dataset import Batch, ClipDataset, Group, batches
+from flallm.data.reader import Shards
 from flallm.data.tokenizer import TranslationTokenizer
 from flallm.distributed.context import DistContext, precision
 from flallm.evaluation import metrics
@@ -21,7 +22,7 @@ from flallm.model.translator import Translator
 from flallm.model.weights import load_best, load_weights
 from flallm.utils import UserError, atomic_write, ensure_dir, progress
 
-SAME_SENTENCE = 0.1  # share of the clips whose swapped video may show the same sentence
+MAX_SAME_SENTENCE = 0.1  # share of the clips whose mismatched video may show the same sentence
 
 
 @dataclass(frozen=True)
@@ -43,91 +44,144 @@ def decode_split(
     change: Callable[[Batch], Batch] | None = None,
     title: str = "",
 ) -> tuple[list[Prediction], list[dict]]:
-    """(a prediction for each of the split's clips, in the order of their keys; samples left out). On every rank the same.
-    workers: processes that decode video. limit: so many of the clips, 0 all. change: what is done to batches before the model sees them. title: what is
-    said while it takes its time; nothing where it is empty."""
+    """Decodes a split and returns the same on every rank.
+
+    workers: processes that decode video.
+    limit: number of clips, spread evenly over the split; 0 takes all of them.
+    change: changes each batch before the model reads it.
+    title: label of the progress bar; without one nothing is printed.
+    Returns (predictions sorted by key, bad samples as {"key", "cause"}).
+    """
     clips = ClipDataset(split, config.data, config.seed)
     check_features(clips, model)
-    if title and ranks.is_main and (warning := clips.shards.color_warning()):
-        print(f"warning: {warning}", file=sys.stderr)
-    count = len(clips.used)
-    # Some of them are taken from everywhere: a video's or a signer's clips lie one after another.
-    numbers = np.arange(count) if not limit or limit >= count else np.unique(np.linspace(0, count - 1, limit).astype(int))
-    mine = numbers[np.argsort(clips.used[numbers], kind="stable")][ranks.rank :: ranks.world_size]  # alike in length and work
-    groups = [[(None, int(n)) for n in mine[i : i + decode.batch]] for i in range(0, len(mine), decode.batch)]
+    verbose = bool(title) and ranks.is_main
+    if verbose:
+        warn_about_colors(clips.shards)
+    groups = _groups_of_rank(clips, ranks, decode.batch, limit)
+    num_clips = sum(len(group) for group in groups)
     was_training = model.training
     model.eval()
-    found, bad = [], []
-    with precision(config.train, ranks.device), progress(len(mine), "clip", title, bool(title) and ranks.is_main) as bar:
+    decoded, bad = [], []
+    with precision(config.train, ranks.device), progress(num_clips, "clip", title, verbose) as bar:
         for batch in batches(clips, model.text, groups, workers):
             bad += batch.bad
-            bar.update(len(batch.bad) + sum(map(bool, batch.keys)))
-            if any(batch.keys):
-                batch = change(batch) if change else batch
-                found += zip(batch.keys, batch.texts, model.translate(batch.to(ranks.device), decode))
+            bar.update(len(batch.bad))
+            if batch.is_placeholder:
+                continue
+            bar.update(len(batch.keys))
+            if change:
+                batch = change(batch)
+            hypotheses = model.translate(batch.to(ranks.device), decode)
+            decoded += zip(batch.keys, batch.texts, hypotheses)
     model.train(was_training)
-    predictions = [Prediction(*p) for part in ranks.gather(found) for p in part]
-    return sorted(predictions, key=lambda p: p.key), [b for part in ranks.gather(bad) for b in part]
+    predictions = [Prediction(*row) for part in ranks.gather(decoded) for row in part]
+    bad_of_all_ranks = [sample for part in ranks.gather(bad) for sample in part]
+    return sorted(predictions, key=lambda p: p.key), bad_of_all_ranks
+
+
+def _groups_of_rank(
+    clips: ClipDataset, ranks: DistContext, batch_size: int, limit: int
+) -> list[Group]:
+    """The clips of this rank in batches, without augmentation."""
+    indices = np.arange(len(clips.used))
+    if limit and limit < len(indices):
+        # Clips of one video or signer are neighbours, so the clips are spread evenly.
+        indices = np.unique(np.linspace(0, len(indices) - 1, limit).astype(int))
+    # Clips of similar length share a batch, and each rank gets about the same work.
+    by_length = indices[np.argsort(clips.used[indices], kind="stable")]
+    samples = [(None, int(index)) for index in by_length[ranks.rank :: ranks.world_size]]
+    return [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+
+
+def warn_about_colors(shards: Shards) -> None:
+    """Prints a warning if the shards were written with wrong colors."""
+    warning = shards.color_warning()
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def check_features(clips: ClipDataset, model: Translator) -> None:
-    """Refuses features that the model's own encoder would not make of these clips."""
+    """Raises UserError for features that the model's own encoder would not compute."""
     made, folder = clips.features, clips.shards.folder
     if not made:
         return
     if model.input == "frames":
-        raise UserError(f"{folder} holds sign-wise features: llm.input=frames needs shards of video")
+        raise UserError(f"{folder} holds sign-wise features: llm.input=frames needs video shards")
+    advice = "make them again with flallm features"
     for field in ("resize", "crop", "stride", "max_frames"):
-        if made.get(field) != getattr(clips.data, field):
+        required = getattr(clips.data, field)
+        if made.get(field) != required:
             raise UserError(
-                f"{folder} holds features made with data.{field}={made.get(field)}, not {getattr(clips.data, field)}: make them again with flallm features"
+                f"{folder} holds features made with data.{field}={made.get(field)}, "
+                f"not {required}: {advice}"
             )
     if made["copies"] and made.get("augment") != asdict(clips.data.augment):
-        raise UserError(f"{folder} holds features of copies augmented in another way than data.augment says: make them again with flallm features")
+        raise UserError(
+            f"{folder} holds features of copies augmented in another way than "
+            f"data.augment says: {advice}"
+        )
     if made.get("encoder_sha256") != model.encoder.sha256():
-        raise UserError(f"{folder} holds features of another encoder: make them again with flallm features from the run this encoder is of")
+        raise UserError(
+            f"{folder} holds features of another encoder: {advice} from the run of this encoder"
+        )
 
 
-def swapped(hypotheses: list[str], references: list[str]) -> list[str]:
-    """For each clip what the model says of the clip half a split further. Scored against this clip's
-    reference it is as high as the real score when the model does not look at its input.
+def mismatched(hypotheses: list[str], references: list[str]) -> list[str]:
+    """The hypotheses for mismatched videos: each clip gets that of the clip half a split further.
 
-    Where over a tenth of the clips would get one with the same sentence (as where signers repeat the
-    same list), clips are put in the order of their sentences first, so that they get another one."""
+    Scored against the clip's own reference, they reach the real score only when the model does
+    not look at its input. If more than a tenth of the clips get a clip with the same sentence
+    (signers may repeat one list), the clips are first sorted by sentence, which separates equal
+    ones.
+    """
     half = len(references) // 2
     order = list(range(len(references)))
-    same = sum(a == b for a, b in zip(references, references[half:] + references[:half]))
-    if same > SAME_SENTENCE * len(references):
+    rotated = references[half:] + references[:half]
+    num_same = sum(a == b for a, b in zip(references, rotated))
+    if num_same > MAX_SAME_SENTENCE * len(references):
         order.sort(key=references.__getitem__)
-    other = dict(zip(order, order[half:] + order[:half]))
-    return [hypotheses[other[i]] for i in range(len(references))]
+    partner = dict(zip(order, order[half:] + order[:half]))
+    return [hypotheses[partner[i]] for i in range(len(references))]
 
 
-def swapped_score(predictions: list[Prediction], convention: str, name: str) -> float:
-    """A score of the same clips decoded from swapped videos."""
-    hypotheses, references = [p.hypothesis for p in predictions], [p.reference for p in predictions]
-    return metrics.point_estimate(swapped(hypotheses, references), references, convention, name)
+def mismatched_score(predictions: list[Prediction], convention: str, name: str) -> float:
+    """A score of the same clips decoded from mismatched videos."""
+    references = [p.reference for p in predictions]
+    hypotheses = mismatched([p.hypothesis for p in predictions], references)
+    return metrics.point_estimate(hypotheses, references, convention, name)
 
 
 def hardly_looks(real: float, blind: float) -> bool:
-    """Whether a score is so near to that of wrong videos that the model hardly looks at its input:
-    less than one point over twice as high, and at least half as far from 100. The second matters for
-    BLEU-1 of a few isolated signs, of which a blind guess gets more than half."""
+    """Whether a score is so close to that of wrong videos that the model hardly looks at its input.
+
+    It is if the score is less than one point over twice the blind one, and at least half as far
+    from 100. The second condition matters for BLEU-1 of a few isolated signs: there a blind guess
+    gets more than half.
+    """
     return real < 2 * blind + 1 and 100 - real >= (100 - blind) / 2
 
 
-def reachable_score(references: list[str], text: TranslationTokenizer, convention: str, name: str) -> float:
-    """A score of the references once they have been to the tokenizer and back, what no model with this tokenizer gets past. Less than 100 where it lacks
-    words, or writes them otherwise: mBART's has no full-width commas."""
-    said = [text.decode(text.tokenizer(reference, add_special_tokens=False)["input_ids"]) for reference in references]
-    return metrics.point_estimate(said, references, convention, name)
+def tokenizer_ceiling(
+    references: list[str], text: TranslationTokenizer, convention: str, name: str
+) -> float:
+    """The score of the references after encoding and decoding: no model can exceed it.
+
+    It is below 100 if the tokenizer lacks words or normalises them: mBART's has no full-width
+    commas.
+    """
+    encoded = [text.tokenizer(r, add_special_tokens=False)["input_ids"] for r in references]
+    decoded = [text.decode(ids) for ids in encoded]
+    return metrics.point_estimate(decoded, references, convention, name)
 
 
 def load_run(run: Path, device: torch.device, shards: str = "") -> tuple[Translator, Config]:
-    """The best model of a run folder, ready to translate. shards: as in `config.read_run`."""
+    """Loads the best model of a run folder, or an exported one, in eval mode.
+
+    shards: where the run's shards are now, if not where its config says.
+    """
     config = cfg.from_dict(Config, cfg.read_run(run, shards), str(run / "config.yaml"))
     model = empty_model_of_run(config, run)
-    if (run / "model.safetensors").is_file():  # by `flallm export`
+    if (run / "model.safetensors").is_file():  # written by `flallm export`
         load_weights(run, model)
     else:
         load_best(run, model)
@@ -135,43 +189,84 @@ def load_run(run: Path, device: torch.device, shards: str = "") -> tuple[Transla
 
 
 def empty_model_of_run(config: Config, run: Path) -> Translator:
-    """The model of a run, for a checkpoint to fill: what no checkpoint holds, weights under LoRA's, lies in the run's folder. The config is made to say so."""
-    config.llm.path, config.llm.random, config.encoder.weights = str((run / "llm").resolve()), False, None
-    return Translator(config, TranslationTokenizer(config.llm), weights=bool(config.llm.lora.rank))
+    """Builds the model of a run without the weights that its checkpoints hold.
+
+    The weights under LoRA are in no checkpoint: they are read from the run's llm/ folder. Sets
+    the fields of the config that say so.
+    """
+    config.llm.path = str((run / "llm").resolve())
+    config.llm.random = False
+    config.encoder.weights = None
+    tokenizer = TranslationTokenizer(config.llm)
+    return Translator(config, tokenizer, weights=bool(config.llm.lora.rank))
 
 
 def evaluate(run: Path, split: str, ranks: DistContext, shards: str = "") -> dict:
-    """Writes predictions/<split>.jsonl and scores/<split>.json of a run and returns the scores."""
+    """Writes predictions/<split>.jsonl and scores/<split>.json of a run.
+
+    Returns the scores on rank 0 and {} on the others.
+    """
     model, config = load_run(run, ranks.device, shards)
-    ensure_dir(run)  # which is there; whether it can be written into is better known now
-    predictions, bad = decode_split(model, config, split, ranks, config.decode, workers=config.data.workers, title=split)
-    hypotheses, references = [p.hypothesis for p in predictions], [p.reference for p in predictions]
+    ensure_dir(run)  # fails now, not after decoding, if the folder is read-only
+    predictions, bad = decode_split(
+        model, config, split, ranks, config.decode, workers=config.data.workers, title=split
+    )
     if not predictions:
         raise UserError(f"no clip of {split} in {config.data.shards} could be decoded")
-    scores: dict = {}
-    if ranks.is_main:
-        names = [config.convention, *(c for c in metrics.CONVENTIONS if c != config.convention)]
-        scores = metrics.scores(hypotheses, references, names)
-        leading = scores["leading"] = scores[config.convention]["leading"]
-        for name in dict.fromkeys(("bleu4", leading)):
-            scores[f"swapped_{name}"] = swapped_score(predictions, config.convention, name)
-            scores[f"reachable_{name}"] = reachable_score(references, model.text, config.convention, name)
-        scores["bad_samples"] = len(bad)
-        for folder in ("predictions", "scores"):
-            ensure_dir(run / folder)
-        (run / f"scores/{split}.json").unlink(missing_ok=True)  # those of predictions before these
-        atomic_write(run / f"predictions/{split}.jsonl", "".join(json.dumps(vars(p), ensure_ascii=False) + "\n" for p in predictions))
-        atomic_write(run / f"scores/{split}.json", json.dumps(scores, indent=1))
-        note_bad_samples(run, bad)
-        if note := metrics.leading_note(leading):
-            print(note, file=sys.stderr)
-        reachable = scores[f"reachable_{leading}"]
-        if reachable < metrics.REACHABLE:
-            most = f"{metrics.LABELS[leading]} {reachable:.2f} is the most that can be reached"
-            print(f"warning: the tokenizer of {run} cannot say all references as they are: {most}", file=sys.stderr)
+    if not ranks.is_main:
+        return {}
+    scores = _score(predictions, model.text, config.convention)
+    scores["bad_samples"] = len(bad)
+    _write_results(run, split, predictions, scores)
+    note_bad_samples(run, bad)
+    _print_notes(run, scores)
     return scores
 
 
+def _score(predictions: list[Prediction], text: TranslationTokenizer, convention: str) -> dict:
+    """All conventions, the run's first, and the checks on the leading score and BLEU-4."""
+    hypotheses = [p.hypothesis for p in predictions]
+    references = [p.reference for p in predictions]
+    others = [name for name in metrics.CONVENTIONS if name != convention]
+    scores: dict = metrics.scores(hypotheses, references, [convention, *others])
+    scores["leading"] = scores[convention]["leading"]
+    for name in dict.fromkeys(("bleu4", scores["leading"])):
+        scores[f"swapped_{name}"] = mismatched_score(predictions, convention, name)
+        scores[f"reachable_{name}"] = tokenizer_ceiling(references, text, convention, name)
+    return scores
+
+
+def _write_results(run: Path, split: str, predictions: list[Prediction], scores: dict) -> None:
+    for folder in ("predictions", "scores"):
+        ensure_dir(run / folder)
+    # A crash between the two writes must not leave new predictions beside old scores.
+    (run / f"scores/{split}.json").unlink(missing_ok=True)
+    lines = [json.dumps(vars(p), ensure_ascii=False) + "\n" for p in predictions]
+    atomic_write(run / f"predictions/{split}.jsonl", "".join(lines))
+    atomic_write(run / f"scores/{split}.json", json.dumps(scores, indent=1))
+
+
+def _print_notes(run: Path, scores: dict) -> None:
+    leading = scores["leading"]
+    note = metrics.leading_note(leading)
+    if note:
+        print(note, file=sys.stderr)
+    ceiling = scores[f"reachable_{leading}"]
+    if ceiling < metrics.MIN_TOKENIZER_CEILING:
+        print(
+            f"warning: the tokenizer of {run} does not reproduce all references: "
+            f"its ceiling is {metrics.LABELS[leading]} {ceiling:.2f}",
+            file=sys.stderr,
+        )
+
+
 def note_bad_samples(run: Path, bad: list[dict]) -> None:
+    """Appends the samples that could not be decoded to bad_samples.jsonl."""
     with open(run / "bad_samples.jsonl", "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
+        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in bad)
+
+
+# Other rooms call these functions by their former names.
+swapped = mismatched
+swapped_score = mismatched_score
+reachable_score = tokenizer_ceiling

@@ -1,7 +1,9 @@
-"""BLEU, ROUGE-L, chrF, TER and WER under named conventions, with signatures and bootstrap intervals.
+"""BLEU, ROUGE-L, chrF, TER and WER under named conventions, with signatures and intervals.
 
-One output has many numbers, so a score is never given without its convention (`CONVENTIONS`). All are sacreBLEU metrics (`scorers.py` has those it
-lacks), so that the interval of every score is its bootstrap and every score can stand in its paired tests (`compare.py`). What is scored is raw text.
+The same output has many scores, so a score is never given without its convention
+(`CONVENTIONS`). All are sacreBLEU metrics (`scorers.py` adds those it lacks): every score has
+sacreBLEU's bootstrap interval and works in its paired tests (`compare.py`). Scores come from raw
+text.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from sacrebleu.metrics.base import Metric
 from flallm.evaluation.scorers import WER, ChrF, RougeL, Ter
 from flallm.utils import UserError
 
-RESAMPLES = 1000  # of the bootstrap; its seed is sacreBLEU's and stands in the signatures
-REACHABLE = 99.0  # leading score that a tokenizer lets a model reach, below which people are told
+RESAMPLES = 1000  # of the bootstrap; sacreBLEU chooses its seed and writes it into the signature
+MIN_TOKENIZER_CEILING = 99.0  # leading score; users are warned below it
 LABELS = {
     "bleu1": "BLEU-1",
     "bleu2": "BLEU-2",
@@ -36,73 +38,100 @@ LABELS = {
 class Convention:
     definition: str
     used: str  # where
-    tokenize: str  # sacreBLEU's name of what BLEU counts as words …
-    smoothing: str
-    words: str = "none"  # … and of what ROUGE-L and WER count as words; none: what stands between spaces
+    tokenize: str  # sacreBLEU's name of BLEU's tokenizer
+    smoothing: str  # sacreBLEU's name of BLEU's smoothing
+    words: str = "none"  # tokenizer of ROUGE-L and WER; none: words are separated by spaces
     lowercase: bool = False
 
 
 CONVENTIONS = {
     "raw": Convention(
-        "words are what stands between spaces, BLEU-n has n-grams up to n, no smoothing",
-        "taken to be what FLa-LLM and the papers it compares itself with have on PHOENIX14T and How2Sign",
-        "none",
-        "none",
+        "words are separated by spaces, BLEU-n has n-grams up to n, no smoothing",
+        "assumed for FLa-LLM and the papers in its tables on PHOENIX14T and How2Sign",
+        tokenize="none",
+        smoothing="none",
     ),
-    "13a": Convention("sacreBLEU's defaults: 13a tokens, exponential smoothing", "machine translation (WMT), YouTube-ASL", "13a", "exp"),
-    "csl-daily": Convention("every character is a word, spaces do not count, else as raw", "papers on CSL-Daily", "char", "none", words="char"),
+    "13a": Convention(
+        "sacreBLEU's defaults: 13a tokens, exponential smoothing",
+        "machine translation (WMT), YouTube-ASL",
+        tokenize="13a",
+        smoothing="exp",
+    ),
+    "csl-daily": Convention(
+        "every character is a word, spaces do not count, else as raw",
+        "papers on CSL-Daily",
+        tokenize="char",
+        smoothing="none",
+        words="char",
+    ),
     "zh": Convention(
-        "sacreBLEU's zh tokens (every Chinese character and each run of other letters), exponential smoothing",
+        "sacreBLEU's zh tokens (every Chinese character and each run of other letters), "
+        "exponential smoothing",
         "machine translation into Chinese (WMT)",
-        "zh",
-        "exp",
+        tokenize="zh",
+        smoothing="exp",
         words="zh",
     ),
-    "lower": Convention("13a in lower case, hypotheses and references", "systems that write no capitals", "13a", "exp", lowercase=True),
+    "lower": Convention(
+        "13a in lower case, hypotheses and references",
+        "systems that write no capitals",
+        tokenize="13a",
+        smoothing="exp",
+        lowercase=True,
+    ),
 }
 
 
-def scores(hypotheses: Sequence[str], references: Sequence[str], conventions: Sequence[str] = tuple(CONVENTIONS)) -> dict[str, dict]:
-    """Every score under each convention: {"raw": {"bleu4": {"value", "ci95"}, …, "leading", "signature", "num_samples",
-    "references_sha256"}, …}."""
+def scores(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    conventions: Sequence[str] = tuple(CONVENTIONS),
+) -> dict[str, dict]:
+    """Every score under each convention, for at least one sentence.
+
+    Returns {convention: {"bleu4": {"value", "ci95"}, …, "leading", "signature", "num_samples",
+    "references_sha256"}}. Raises UserError for an unknown convention.
+    """
     assert len(hypotheses) == len(references) > 0
     hypotheses, references = list(hypotheses), list(references)
-    measured: dict[tuple, tuple[dict, str]] = {}  # some conventions differ in BLEU only
-    found = {}
+    joined = "\n".join(references).encode(errors="surrogatepass")
+    cache: dict[tuple, tuple[dict, str]] = {}  # some conventions differ in BLEU only
+    result = {}
     for convention in conventions:
         parts, signatures = {}, {}
         for name, (kind, arguments) in _kinds(convention).items():
             key = (kind, *arguments.items())
-            if key not in measured:
-                measured[key] = measure(kind(**arguments), hypotheses, references)
-            parts[name], signatures[name] = measured[key]
-        signatures = {"bleu": signatures["bleu4"]} | {name: s for name, s in signatures.items() if not name.startswith("bleu")}
-        found[convention] = parts | {
+            if key not in cache:
+                cache[key] = measure(kind(**arguments), hypotheses, references)
+            parts[name], signatures[name] = cache[key]
+        bleu_signature = {"bleu": signatures["bleu4"]}
+        others = {name: s for name, s in signatures.items() if not name.startswith("bleu")}
+        result[convention] = parts | {
             "leading": leading(references, convention),
-            "signature": signatures,
+            "signature": bleu_signature | others,
             "num_samples": len(references),
-            "references_sha256": hashlib.sha256("\n".join(references).encode(errors="surrogatepass")).hexdigest(),
+            "references_sha256": hashlib.sha256(joined).hexdigest(),
         }
-    return found
+    return result
 
 
 def value(hypotheses: Sequence[str], references: Sequence[str], convention: str, name: str) -> dict:
-    """{"value", "ci95"} of one score alone."""
+    """{"value", "ci95"} of a single score."""
     return measure(metric(convention, name), list(hypotheses), list(references))[0]
 
 
 def splitter(convention: str) -> Callable[[str], list[str]]:
-    """Text -> what a convention counts as words outside BLEU."""
-    counts = metric(convention, "wer")
-    return lambda text: counts._preprocess_segment(text).split()
+    """A function that splits text into the words that ROUGE-L and WER count."""
+    wer = metric(convention, "wer")
+    return lambda text: wer._preprocess_segment(text).split()
 
 
 def leading(references: Sequence[str], convention: str) -> str:
-    """The score that decides: "bleu4", or of short references BLEU-n of a smaller n.
+    """The score that decides: "bleu4", or BLEU-n of a smaller n for short references.
 
     It is BLEU-n with the largest n up to 4 for which at least half of the references have an
-    n-gram of the convention's tokens. Where fewer have one, BLEU-n depends on few sentences;
-    where none has one, BLEU-n is 0 whatever the hypotheses are.
+    n-gram of the convention's tokens. If fewer have one, BLEU-n depends on few sentences; if
+    none has one, BLEU-n is 0 whatever the hypotheses are.
     """
     counts = token_counts(references, convention)
     for n in (4, 3, 2):
@@ -112,60 +141,81 @@ def leading(references: Sequence[str], convention: str) -> str:
 
 
 def leading_note(leading: str) -> str:
-    """Why another score than BLEU-4 leads; empty where BLEU-4 does."""
+    """Says why another score than BLEU-4 leads; empty if BLEU-4 does."""
     if leading == "bleu4":
         return ""
-    order = int(leading[-1])
-    return f"{LABELS[leading]} leads in place of BLEU-4: fewer than half of the references have {order + 1} words"
+    words = ngram_order(leading) + 1
+    return (
+        f"{LABELS[leading]} leads in place of BLEU-4: "
+        f"fewer than half of the references have {words} words"
+    )
+
+
+def ngram_order(score: str) -> int:
+    """The n of "bleun"."""
+    return int(score.removeprefix("bleu"))
 
 
 def token_counts(texts: Sequence[str], convention: str) -> list[int]:
-    """How many tokens BLEU counts in each text."""
+    """The number of tokens that BLEU counts in each text."""
     bleu = metric(convention, "bleu4")
     return [len(bleu._preprocess_segment(text).split()) for text in texts]
 
 
 def bleu4(hypotheses: Sequence[str], references: Sequence[str], convention: str) -> float:
-    """BLEU-4 alone, without an interval."""
+    """BLEU-4 without an interval."""
     return point_estimate(hypotheses, references, convention, "bleu4")
 
 
-def point_estimate(hypotheses: Sequence[str], references: Sequence[str], convention: str, name: str) -> float:
-    """One score alone, without its interval."""
+def point_estimate(
+    hypotheses: Sequence[str], references: Sequence[str], convention: str, name: str
+) -> float:
+    """A single score without its interval."""
     return metric(convention, name).corpus_score(list(hypotheses), [list(references)]).score
 
 
 def metric(convention: str, name: str) -> Metric:
-    """One score of a convention as a sacreBLEU metric."""
+    """A score of a convention as a sacreBLEU metric."""
     kind, arguments = _kinds(convention)[name]
     return kind(**arguments)
 
 
 def _kinds(convention: str) -> dict[str, tuple[type[Metric], dict]]:
-    """A convention's scores: {name: (class, its arguments)}."""
+    """The scores of a convention: {name: (class, its arguments)}."""
     if convention not in CONVENTIONS:
         raise UserError(f"there is no convention {convention!r}, but {', '.join(CONVENTIONS)}")
-    c = CONVENTIONS[convention]
-    # force: no warning that a text looks tokenized, as sign language corpora do
-    bleu = {"tokenize": c.tokenize, "smooth_method": c.smoothing, "lowercase": c.lowercase, "force": True}
-    words = {"tokenize": c.words, "lowercase": c.lowercase}
-    chinese = c.words != "none"
-    return {f"bleu{n}": (BLEU, bleu | {"max_ngram_order": n}) for n in (1, 2, 3, 4)} | {
+    spec = CONVENTIONS[convention]
+    bleu = {
+        "tokenize": spec.tokenize,
+        "smooth_method": spec.smoothing,
+        "lowercase": spec.lowercase,
+        "force": True,  # no warning about tokenized text, which sign language corpora have
+    }
+    words = {"tokenize": spec.words, "lowercase": spec.lowercase}
+    chinese = spec.words != "none"
+    kinds = {f"bleu{n}": (BLEU, bleu | {"max_ngram_order": n}) for n in (1, 2, 3, 4)}
+    return kinds | {
         "rouge_l": (RougeL, words | {"beta": 1.2}),
         "rouge_l_slrt": (RougeL, words | {"beta": None}),
-        "chrf": (ChrF, {"lowercase": c.lowercase}),
+        "chrf": (ChrF, {"lowercase": spec.lowercase}),
         "ter": (Ter, {"normalized": chinese, "asian_support": chinese}),
         "wer": (WER, words),
     }
 
 
 def measure(metric: Metric, hypotheses: list[str], references: list[str]) -> tuple[dict, str]:
-    """({"value", "ci95"}, signature). The interval is the one sacreBLEU prints: the resamples' mean ± half the span of their middle 95 %; where that
-    span is lopsided it is widened to the value and cut at the ends of the scale. Takes up to 72 KB of memory a sentence (chrF: 18 counts x 1000)."""
+    """Returns ({"value", "ci95"}, signature).
+
+    The interval is the one sacreBLEU prints: the mean of the resamples ± half the span of their
+    middle 95 %. It is widened to hold the value and cut at the ends of the metric's scale. Takes
+    up to 72 KB of memory for each sentence (chrF: 18 counts x 1000 resamples).
+    """
     score = metric.corpus_score(hypotheses, [references], n_bootstrap=RESAMPLES)
     signature = str(metric.get_signature())
-    said = json.loads(score.format(width=12, is_json=True, signature=signature))  # states no interval where every resample scores 0
-    mean, half = said.get("confidence_mean", 0.0), said.get("confidence_var", 0.0)
+    printed = json.loads(score.format(width=12, is_json=True, signature=signature))
+    # sacreBLEU prints no interval if every resample scores 0.
+    mean, half = printed.get("confidence_mean", 0.0), printed.get("confidence_var", 0.0)
     bottom, top = getattr(metric, "bounds", (0.0, 100.0))
-    value = min(float(score.score), top)  # sums of logarithms end a little over it
-    return {"value": value, "ci95": [min(value, max(bottom, mean - half)), max(value, min(top, mean + half))]}, signature
+    value = min(float(score.score), top)  # sums of logarithms can exceed 100 a little
+    low, high = max(bottom, mean - half), min(top, mean + half)
+    return {"value": value, "ci95": [min(value, low), max(value, high)]}, signature

@@ -1,6 +1,8 @@
-"""What sacreBLEU lacks, ROUGE-L and WER, as metrics of its kind, with its bootstrap, paired tests and signatures; underscored methods are those it asks of one.
+"""ROUGE-L and WER, which sacreBLEU lacks, as sacreBLEU metrics.
 
-An empty hypothesis gets no ROUGE-L and one error for each word of its reference; where the reference is empty too it is perfect.
+They have its bootstrap, paired tests and signatures. Methods with an underscore are sacreBLEU's
+interface. An empty hypothesis gets a ROUGE-L of 0 and one error for each word of its reference;
+if the reference is empty too, it is perfect.
 """
 
 from __future__ import annotations
@@ -15,24 +17,27 @@ from torchaudio.functional import edit_distance
 
 
 class _PlainNumbers:
-    """sacreBLEU's bootstrap counts in numpy's float32, and fails where a metric makes its score of these in some resamples and of a plain 0 in others."""
+    """Converts the counts of sacreBLEU's bootstrap from numpy's float32 to float.
+
+    Without it the bootstrap fails if some resamples score a float32 and others a plain 0.
+    """
 
     def _compute_score_from_stats(self, stats) -> Score:
         return super()._compute_score_from_stats([float(x) for x in stats])
 
 
 class ChrF(_PlainNumbers, CHRF):
-    """sacreBLEU's."""
+    """sacreBLEU's chrF."""
 
 
 class Ter(_PlainNumbers, TER):
-    """sacreBLEU's."""
+    """sacreBLEU's TER."""
 
     bounds = (0.0, math.inf)
 
 
 class _Ratio(Metric):
-    """A corpus score that is a sum over the sentences ÷ another, in per cent."""
+    """A corpus score in per cent: a sum over the sentences divided by another sum."""
 
     name: str
 
@@ -41,7 +46,7 @@ class _Ratio(Metric):
         self.tokenizer, self.lowercase = BLEU(tokenize=tokenize).tokenizer, lowercase
 
     def count(self, hypothesis: list[str], reference: list[str]) -> tuple[float, float]:
-        """(what the sentence adds above, what below)."""
+        """What a sentence adds to (numerator, denominator)."""
         raise NotImplementedError
 
     def get_signature(self) -> Signature:
@@ -63,12 +68,14 @@ class _Ratio(Metric):
         return self._compute_score_from_stats(np.sum(stats, axis=0))
 
     def _compute_score_from_stats(self, stats) -> Score:
-        above, below = map(float, stats)
-        return Score(self.name, 100 * above / below if below else 100.0 * (above > 0))
+        numerator, denominator = (float(x) for x in stats)
+        if denominator:
+            return Score(self.name, 100 * numerator / denominator)
+        return Score(self.name, 100.0 if numerator > 0 else 0.0)
 
 
 class WER(_Ratio):
-    """Word error rate: edits ÷ words of the references, over the corpus."""
+    """Word error rate: edits divided by words of the references, over the corpus."""
 
     name, bounds = "WER", (0.0, math.inf)
 
@@ -77,7 +84,11 @@ class WER(_Ratio):
 
 
 class RougeL(_Ratio):
-    """The mean over sentences of `rouge_l`. Beta 1.2 is that of the COCO caption evaluation, none that of the SLRT code base: precision ÷ recall."""
+    """The mean of `rouge_l` over sentences.
+
+    beta: 1.2 is that of the COCO caption evaluation; None is that of the SLRT code base,
+    precision divided by recall.
+    """
 
     name = "ROUGE-L"
 
@@ -102,18 +113,23 @@ def rouge_l(hypothesis: list[str], reference: list[str], beta: float | None) -> 
     if not common:
         return 0.0
     precision, recall = common / len(hypothesis), common / len(reference)
-    beta = precision / recall if beta is None else beta
+    if beta is None:
+        beta = precision / recall
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
 
 
 def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    """Its length, with a row of the usual table in the bits of one integer (Hyyrö 2004): a clear bit is a place in b where the length grows."""
-    places: dict[str, int] = {}
+    """Its length (Hyyrö 2004).
+
+    The bits of one integer hold a row of the usual table: bit j is clear if the length grows at
+    b[j].
+    """
+    positions: dict[str, int] = {}  # of each word in b, as bits
     for j, word in enumerate(b):
-        places[word] = places.get(word, 0) | 1 << j
-    every = (1 << len(b)) - 1
-    row = every
+        positions[word] = positions.get(word, 0) | 1 << j
+    mask = (1 << len(b)) - 1
+    row = mask
     for word in a:
-        matches = row & places.get(word, 0)
-        row = ((row + matches) | (row - matches)) & every
+        matches = row & positions.get(word, 0)
+        row = ((row + matches) | (row - matches)) & mask
     return len(b) - row.bit_count()

@@ -1,8 +1,9 @@
-"""The frozen encoder's sign-wise features as shards, which stage 2 and evaluation take in place of video shards.
+"""The frozen encoder's sign-wise features as shards, which stage 2 and evaluation read as video.
 
-Each shard of video becomes one of the same name with `<key>.json` and `<key>.npy`: (1 + copies, N, C), first the clip as it is, then
-augmented copies; copy e is what training on video sees in epoch e. bf16, which npy does not know, is kept as the 16 bits of a number.
-Clips go through the encoder one by one, so what comes out depends neither on other clips nor on the number of ranks.
+Each shard of video becomes a shard of the same name with `<key>.json` and `<key>.npy`:
+(1 + copies, N, C). First comes the clip as it is, then augmented copies; copy e is what training
+on video sees in epoch e. npy has no bf16: its 16 bits are stored as uint16. The encoder reads
+clips one by one, so features depend neither on other clips nor on the number of ranks.
 `dataset.json` says under "features" which encoder and which preprocessing made them.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,67 +24,133 @@ from flallm.data.dataset import ClipDataset, batches
 from flallm.data.reader import splits_of
 from flallm.data.shards import begin_dataset, join_indexes, write_tar
 from flallm.distributed.context import DistContext, computes_in_bf16, precision
-from flallm.evaluation.decode import load_run
+from flallm.evaluation.decode import load_run, warn_about_colors
 from flallm.model.translator import Translator
 from flallm.utils import UserError, progress
 
-TIMEOUT = 24 * 3600  # seconds: who is done waits for who has the last shard
+TIMEOUT = 24 * 3600  # seconds: ranks that are done wait for the one with the last shard
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def features(run: Path, out: Path, ranks: DistContext, dtype: str, copies: int, shards: str = "") -> None:
-    """Writes the features of all splits of the run's shards; the same command goes on where it was stopped."""
+def features(
+    run: Path, out: Path, ranks: DistContext, dtype: str, copies: int, shards: str = ""
+) -> None:
+    """Writes the features of all splits of the run's shards. A rerun resumes.
+
+    dtype: a key of DTYPES. copies: augmented copies of each training clip. shards: where the
+    run's shards are now, if not where its config says.
+    """
     model, config = load_run(run, ranks.device, shards)
-    splits = {split: ClipDataset(split, config.data, config.seed) for split in splits_of(config.data.shards)}
+    folder = config.data.shards
+    splits = {name: ClipDataset(name, config.data, config.seed) for name in splits_of(folder)}
     if any(clips.features for clips in splits.values()):
-        raise UserError(f"data.shards of {run} is {config.data.shards}: these are features already")
-    made_by = about(model, config.data, dtype, copies, config.seed) | {"precision": "bf16" if computes_in_bf16(config.train, ranks.device.type) else "fp32"}
-    sums = {split: hashlib.sha256(np.ascontiguousarray(clips.shards.index["checksum"])).hexdigest() for split, clips in splits.items()}
+        raise UserError(f"data.shards of {run} is {folder}: these are features already")
     source = next(iter(splits.values())).shards
-    if ranks.is_main and (warning := source.color_warning()):
-        print(f"warning: {warning}", file=sys.stderr)
-    made_from = {"format": source.format, "features": made_by, "source_sha256": sums}
-    parts = {out / f"{split}-{n:06d}.tar": (split, n) for split, clips in splits.items() for n in range(len(clips.shards.shard_bytes))}
-    done = begin_dataset(out, made_from) if ranks.is_main else None
-    done, missing = ranks.gather((done, [path for path in parts if not path.exists()]))[0]
-    if done:
-        return
-    with precision(config.train, ranks.device), torch.no_grad():
-        mine = missing[ranks.rank :: ranks.world_size]
-        with progress(len(mine), "shard", "features", ranks.is_main) as bar:
-            for path in mine:
-                split, n = parts[path]
-                write_tar(path, _samples(model, splits[split], n, dtype, copies if split == "train" else 0, ranks.device), "npy", json.dumps(made_from))
-                bar.update()
-    ranks.gather(None)  # all shards are there
     if ranks.is_main:
-        dataset = {**made_from, "corpus": source.corpus, "options": {"fps": source.fps or None}, "left_out": []}
-        join_indexes(out, [(path, split) for path, (split, _) in parts.items()], dataset, json.dumps(made_from))
-    ranks.gather(None)
+        warn_about_colors(source)
+    in_bf16 = computes_in_bf16(config.train, ranks.device.type)
+    made_by = about(model, config.data, dtype, copies, config.seed)
+    made_by["precision"] = "bf16" if in_bf16 else "fp32"
+    made_from = {
+        "format": source.format,
+        "features": made_by,
+        "source_sha256": {name: _index_sha256(clips) for name, clips in splits.items()},
+    }
+    paths = _shard_paths(out, splits)
+    finished = begin_dataset(out, made_from) if ranks.is_main else None
+    missing = [path for path in paths if not path.exists()]
+    finished, missing = ranks.gather((finished, missing))[0]  # as rank 0 sees the folder
+    if finished:
+        return
+    own = missing[ranks.rank :: ranks.world_size]
+    with (
+        precision(config.train, ranks.device),
+        torch.no_grad(),
+        progress(len(own), "shard", "features", ranks.is_main) as bar,
+    ):
+        for path in own:
+            split, shard = paths[path]
+            split_copies = copies if split == "train" else 0
+            samples = _samples(model, splits[split], shard, dtype, split_copies, ranks.device)
+            write_tar(path, samples, "npy", json.dumps(made_from))
+            bar.update()
+    ranks.gather(None)  # waits until all shards are written
+    if ranks.is_main:
+        options = {"fps": source.fps or None}
+        dataset = {**made_from, "corpus": source.corpus, "options": options, "left_out": []}
+        parts = [(path, split) for path, (split, _) in paths.items()]
+        join_indexes(out, parts, dataset, json.dumps(made_from))
+    ranks.gather(None)  # waits until dataset.json is written
+
+
+def _index_sha256(clips: ClipDataset) -> str:
+    checksums = np.ascontiguousarray(clips.shards.index["checksum"])
+    return hashlib.sha256(checksums).hexdigest()
+
+
+def _shard_paths(out: Path, splits: dict[str, ClipDataset]) -> dict[Path, tuple[str, int]]:
+    """{path of a shard to write: (split, number of the shard)}."""
+    paths = {}
+    for split, clips in splits.items():
+        for shard in range(len(clips.shards.shard_bytes)):
+            paths[out / f"{split}-{shard:06d}.tar"] = (split, shard)
+    return paths
 
 
 def _samples(
-    model: Translator, clips: ClipDataset, shard: int, dtype: str, copies: int, device: torch.device
+    model: Translator,
+    clips: ClipDataset,
+    shard: int,
+    dtype: str,
+    copies: int,
+    device: torch.device,
 ) -> Iterator[tuple[str, bytes, dict, list] | dict]:
-    """(key, npy, JSON, row) of each clip of a shard, or what `dataset.json` says of one that cannot be decoded."""
-    numbers = np.flatnonzero(clips.shards.index["shard"] == shard).tolist()
-    views = [None, *range(copies)]  # epochs; None: not augmented
-    found = batches(clips, model.text, [[(epoch, n)] for n in numbers for epoch in views], clips.data.workers)
-    for n in numbers:
-        made = [next(found) for _ in views]
-        if bad := [b for batch in made for b in batch.bad]:
-            yield {"key": bad[0]["key"], "split": clips.shards.split, "source": f"sample {n}", "cause": bad[0]["cause"]}
+    """Yields (key, npy, JSON, row to hash) of each clip of a shard.
+
+    A clip that cannot be decoded yields what `dataset.json` says of it.
+    """
+    indices = np.flatnonzero(clips.shards.index["shard"] == shard).tolist()
+    epochs = [None, *range(copies)]  # None: not augmented
+    groups = [[(epoch, index)] for index in indices for epoch in epochs]
+    decoded = batches(clips, model.text, groups, clips.data.workers)
+    for index in indices:
+        versions = [next(decoded) for _ in epochs]
+        bad = [sample for batch in versions for sample in batch.bad]
+        if bad:
+            yield {
+                "key": bad[0]["key"],
+                "split": clips.shards.split,
+                "source": f"sample {index}",
+                "cause": bad[0]["cause"],
+            }
             continue
-        signs = [model.encoder(batch.frames.to(device), batch.lengths) for batch in made]  # sign-wise, whatever this run's own language model reads
-        stacked = torch.stack(signs).to(DTYPES[dtype]).cpu()  # (1 + copies, N, C)
-        file = io.BytesIO()
-        np.save(file, (stacked.view(torch.uint16) if dtype == "bf16" else stacked).numpy())
-        meta = clips.shards.read(n)[1]
-        yield meta["key"], file.getvalue(), meta, [meta["key"], clips.shards.split, meta["text"]]
+        # Sign-wise features, whatever llm.input of this run is.
+        signs = [model.encoder(batch.frames.to(device), batch.lengths) for batch in versions]
+        meta = clips.shards.read(index)[1]
+        row = [meta["key"], clips.shards.split, meta["text"]]
+        yield meta["key"], _npy(torch.stack(signs), dtype), meta, row
+
+
+def _npy(signs: torch.Tensor, dtype: str) -> bytes:
+    """signs: (1 + copies, N, C)."""
+    signs = signs.to(DTYPES[dtype]).cpu()
+    if dtype == "bf16":
+        signs = signs.view(torch.uint16)
+    file = io.BytesIO()
+    np.save(file, signs.numpy())
+    return file.getvalue()
 
 
 def about(model: Translator, data: Data, dtype: str, copies: int, seed: int) -> dict:
     """What features depend on besides the clip."""
-    made = {"encoder_sha256": model.encoder.sha256(), "channels": model.encoder.norm.num_features, "dtype": dtype, "copies": copies}
-    made |= {field: getattr(data, field) for field in ("resize", "crop", "stride", "max_frames")}
-    return made | ({"augment": asdict(data.augment), "seed": seed} if copies else {})
+    made = {
+        "encoder_sha256": model.encoder.sha256(),
+        "channels": model.encoder.norm.num_features,
+        "dtype": dtype,
+        "copies": copies,
+    }
+    for field in ("resize", "crop", "stride", "max_frames"):
+        made[field] = getattr(data, field)
+    if copies:
+        made |= {"augment": asdict(data.augment), "seed": seed}
+    return made

@@ -1,4 +1,4 @@
-"""A run works from another folder, and with shards that lie elsewhere by now."""
+"""A run works from another folder, and after its shards have moved."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def out(shards, llm, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_records_an_absolute_path_and_goes_on_with_moved_shards(out):
+def test_a_run_records_an_absolute_path_and_resumes_with_moved_shards(out):
     assert cfg.read_yaml(out / "begun.yaml")["data"]["shards"] == str(out / "begun/shards")
     assert cfg.read_run(out / "run")["data"]["shards"] == str(out / "moved")
     rows = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
@@ -47,14 +47,14 @@ def test_a_run_records_an_absolute_path_and_goes_on_with_moved_shards(out):
 
 
 def test_commands_find_the_shards_of_a_run_from_another_folder(out, tmp_path, flallm):
-    done = flallm("evaluate", out / "run", "--split=dev", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["raw"]["num_samples"] == 8
+    result = flallm("evaluate", out / "run", "--split=dev", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["raw"]["num_samples"] == 8
 
 
 @pytest.fixture
 def away(out, tmp_path) -> Path:
-    """A copy of the run whose shards have moved once more; they lie in `now`."""
+    """A folder with a copy of the run, whose config names no shards; they are in `now`."""
     run = shutil.copytree(out / "run", tmp_path / "run")
     config = cfg.read_run(run)
     config["data"]["shards"] = str(tmp_path / "gone")
@@ -63,28 +63,31 @@ def away(out, tmp_path) -> Path:
     return tmp_path
 
 
-COMMANDS = (
-    ["evaluate", "run", "--split=dev"],
-    ["probe", "run", "--split=dev"],
-    ["features", "run", "--out=features"],
-)
+WRITTEN = {
+    "run/scores/dev.json": ["evaluate", "run", "--split=dev"],
+    "run/probes/dev.json": ["probe", "run", "--split=dev"],
+    "features/dataset.json": ["features", "run", "--out=features"],
+}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
-def test_commands_take_the_place_of_the_shards(away, flallm, command):
-    lost = flallm(*command, cwd=away)
-    assert lost.returncode == 2 and lost.stderr.count("\n") == 1
-    assert f"{away / 'gone'} holds no finished shards" in lost.stderr and "--shards=DIR" in lost.stderr
-    done = flallm(*command, "--shards=now", cwd=away)
-    assert done.returncode == 0, done.stderr
-    if command[0] == "features":
-        splits = json.loads((away / "features/dataset.json").read_text())["splits"]
-        assert {name: split["clips"] for name, split in splits.items()} == {"train": 24, "dev": 8, "test": 7}
-    else:
-        assert (away / "run" / ("scores" if command[0] == "evaluate" else "probes") / "dev.json").is_file()
+@pytest.mark.parametrize("written", WRITTEN)
+def test_commands_accept_the_folder_of_moved_shards(away, flallm, written):
+    command = WRITTEN[written]
+    result = flallm(*command, cwd=away)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert f"{away / 'gone'} holds no finished shards" in result.stderr
+    assert "--shards=DIR" in result.stderr
+    result = flallm(*command, "--shards=now", cwd=away)
+    assert result.returncode == 0, result.stderr
+    assert (away / written).is_file()
+    if written == "features/dataset.json":
+        splits = json.loads((away / written).read_text())["splits"]
+        num_clips = {name: split["clips"] for name, split in splits.items()}
+        assert num_clips == {"train": 24, "dev": 8, "test": 7}
 
 
-def test_the_page_and_the_card_take_the_place_of_the_shards(away, flallm):
+def test_the_page_and_the_card_accept_the_folder_of_moved_shards(away, flallm):
     assert flallm("evaluate", "run", "--split=dev", "--shards=now", cwd=away).returncode == 0
     assert flallm("report", "run", "--split=dev", cwd=away).returncode == 0
     page = (away / "run/report.html").read_text()
@@ -95,21 +98,21 @@ def test_the_page_and_the_card_take_the_place_of_the_shards(away, flallm):
     assert flallm("export", "run", "exported", "--shards=now", cwd=away).returncode == 0
     assert "synthetic, 24 training clips" in (away / "exported/README.md").read_text()
     for words in (["report", "run"], ["export", "run", "other"]):
-        wrong = flallm(*words, "--shards=nowhere", cwd=away)
-        assert wrong.returncode == 2 and "nowhere holds no finished shards" in wrong.stderr
+        result = flallm(*words, "--shards=nowhere", cwd=away)
+        assert result.returncode == 2 and "nowhere holds no finished shards" in result.stderr
     assert not (away / "other").exists()
 
 
-def test_an_export_is_scored_on_shards_that_are_named(away, flallm):
+def test_an_export_is_scored_on_named_shards(away, flallm):
     assert flallm("export", "run", "exported", "--shards=now", cwd=away).returncode == 0
-    done = flallm("evaluate", "exported", "--split=dev", "--shards=now", cwd=away)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["raw"]["num_samples"] == 8
+    result = flallm("evaluate", "exported", "--split=dev", "--shards=now", cwd=away)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["raw"]["num_samples"] == 8
 
 
 def test_shards_of_another_frame_rate_are_refused(away, flallm):
     config = cfg.read_run(away / "run")
     config["data"]["fps"] = 12.5
     (away / "run/config.yaml").write_text(json.dumps(config))
-    wrong = flallm("evaluate", "run", "--split=dev", "--shards=now", cwd=away)
-    assert wrong.returncode == 2 and "data.fps: now has 0, not 12.5" in wrong.stderr
+    result = flallm("evaluate", "run", "--split=dev", "--shards=now", cwd=away)
+    assert result.returncode == 2 and "data.fps: now has 0, not 12.5" in result.stderr

@@ -1,41 +1,49 @@
 "use strict";
 (() => {
-  const $ = (selector, from = document) => [...from.querySelectorAll(selector)];
+  const byId = (id) => document.getElementById(id);
 
-  // Sentences: search, sort, those with a clip.
-  const list = document.getElementById("list");
+  // Sentences: search, sort, filter by clip.
+  const list = byId("list");
   if (list) {
-    const [search, sort, clips, count] = ["search", "sort", "clips", "count"].map((id) => document.getElementById(id));
-    const items = [...list.children].map((element) => ({ element, text: element.textContent.normalize("NFKC").toLowerCase() }));
+    const [search, sort, clips, count] = ["search", "sort", "clips", "count"].map(byId);
+    const normalize = (text) => text.normalize("NFKC").toLowerCase();
+    const items = [...list.children].map((element) => ({
+      element,
+      text: normalize(element.textContent),
+    }));
     const show = () => {
-      const words = search.value.normalize("NFKC").toLowerCase().split(/\s+/).filter(Boolean);
+      const words = normalize(search.value).split(/\s+/).filter(Boolean);
       let shown = 0;
       for (const { element, text } of items) {
-        const fits = words.every((word) => text.includes(word)) && (!clips.checked || element.classList.contains("seen"));
-        element.hidden = !fits;
-        shown += fits;
+        const hasWords = words.every((word) => text.includes(word));
+        const hasClip = element.classList.contains("with-clip");
+        element.hidden = !hasWords || (clips.checked && !hasClip);
+        if (!element.hidden) shown += 1;
       }
-      count.textContent = shown === items.length ? `${shown} sentences` : `${shown} of ${items.length} sentences`;
+      const total = `${items.length} sentences`;
+      count.textContent = shown === items.length ? total : `${shown} of ${total}`;
     };
     search.addEventListener("input", show);
     clips.addEventListener("change", show);
     document.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
     sort.addEventListener("change", () => {
-      const [, sign, field] = sort.value.match(/^(-?)(.+)$/);
-      items.sort((a, b) => (sign ? -1 : 1) * (a.element.dataset[field] - b.element.dataset[field]));
+      const field = sort.value.replace("-", "");
+      const sign = sort.value.startsWith("-") ? -1 : 1;
+      items.sort((a, b) => sign * (a.element.dataset[field] - b.element.dataset[field]));
       list.append(...items.map((item) => item.element));
     });
   }
 
-  // Where the model looks: a line that runs with the clip, and words that lead to the moment they look at most.
-  for (const looks of $(".attention")) {
-    const video = looks.parentElement.querySelector("video");
+  // Attention: a line follows the clip, and a click on a word seeks to its peak.
+  for (const attention of document.querySelectorAll(".attention")) {
+    const video = attention.parentElement.querySelector("video");
     const follow = () => {
-      looks.style.setProperty("--at", video.duration ? video.currentTime / video.duration : 0);
+      const position = video.duration ? video.currentTime / video.duration : 0;
+      attention.style.setProperty("--at", position);
       if (!video.paused) requestAnimationFrame(follow);
     };
     for (const event of ["play", "seeked", "timeupdate"]) video.addEventListener(event, follow);
-    looks.addEventListener("click", (event) => {
+    attention.addEventListener("click", (event) => {
       const word = event.target.closest("button");
       if (word && video.duration) video.currentTime = word.dataset.at * video.duration;
     });
