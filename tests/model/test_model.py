@@ -70,7 +70,7 @@ def test_the_loss_is_what_it_is_defined_to_be(small):
     batch = batch_of(model, ClipDataset("train", config.data, 0), 0, 1)
     with torch.no_grad():
         features = model.features(batch)
-        said = model.family.logits(model._read(features, batch.lengths), batch.labels).log_softmax(-1)  # (B, L, V)
+        said = model.lm_adapter.logits(model._read(features, batch.lengths), batch.labels).log_softmax(-1)  # (B, L, V)
         seen = model.words(features).softmax(-1).split(batch.lengths.tolist())  # B of (frames, V)
         cross_entropy, explained = 0.0, 0.0
         for text, frames, logs in zip(batch.texts, seen, said):
