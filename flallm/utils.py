@@ -1,23 +1,25 @@
-"""What every room needs: the user's mistakes, whole files, progress."""
+"""Shared by all: errors of the user, files and folders, CPU limits, progress."""
 
 import math
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend: the command prints the message as one line and exits with code 2."""
+    """A mistake of the user. The command prints the message as one line and exits with code 2."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as one line; its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's message; its type if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def ensure_dir(path: Path) -> None:
-    """A folder to write into, unless it is there. Raises UserError where none can be."""
+    """Makes a folder unless it exists. Raises UserError if nothing can be written into it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -27,8 +29,15 @@ def ensure_dir(path: Path) -> None:
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder that match a pattern of `Path.glob`, sorted. Hidden ones are passed over: macOS leaves a `._a.mp4` beside an `a.mp4`."""
-    return sorted(path for path in folder.glob(pattern) if not any(is_hidden(part) for part in path.relative_to(folder).parts))
+    """The files of a folder that match a pattern of `Path.glob`, sorted, without hidden ones.
+
+    macOS leaves a `._a.mp4` beside an `a.mp4`.
+    """
+    visible = []
+    for path in folder.glob(pattern):
+        if not any(is_hidden(part) for part in path.relative_to(folder).parts):
+            visible.append(path)
+    return sorted(visible)
 
 
 def is_hidden(name: str) -> bool:
@@ -38,7 +47,14 @@ def is_hidden(name: str) -> bool:
 
 def atomic_write(path: Path, text: str) -> None:
     """Writes a file so that no reader and no other writer ever sees a part of it."""
-    file = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", errors="replace", delete=False)  # noqa: SIM115
+    file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+        "w",
+        dir=path.parent,
+        prefix=f".{path.name}.",
+        encoding="utf-8",
+        errors="replace",
+        delete=False,
+    )
     try:
         with file:
             file.write(text)
@@ -56,9 +72,9 @@ def usable_cpus(processes: int = 1) -> int:
     quota of CPU time, or only by SLURM_CPUS_PER_TASK.
     """
     limit = min(len(os.sched_getaffinity(0)), cpu_quota()) // processes
-    asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if asked.isdecimal():
-        limit = min(limit, int(asked))
+    slurm_cpus = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if slurm_cpus.isdecimal():
+        limit = min(limit, int(slurm_cpus))
     return max(1, int(limit))
 
 
@@ -66,7 +82,7 @@ def cpu_quota(
     cgroups: Path = Path("/proc/self/cgroup"),
     mount: Path = Path("/sys/fs/cgroup"),
 ) -> float:
-    """How many cores' time the cgroups of this process grant, version 1 or 2; inf: all of it."""
+    """How many cores the cgroups (version 1 or 2) of this process grant; inf: no limit."""
     try:
         lines = cgroups.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -102,8 +118,12 @@ def _quota_of(group: Path) -> float:
 
 
 def progress(total: int, unit: str, description: str, shown: bool = True):
-    """How far a long task is, tqdm's: a bar on a terminal, in a log a line a minute."""
+    """tqdm's progress: a bar on a terminal, a line a minute in a log."""
     from tqdm import tqdm
 
-    log = {"delay": 60, "mininterval": 60, "bar_format": "{desc}: {n_fmt} of {total_fmt} " + unit + "s, {elapsed} so far, {remaining} left\n"}
-    return tqdm(total=total, unit=unit, desc=description, disable=not shown, **({} if sys.stderr.isatty() else log))
+    bar = partial(tqdm, total=total, unit=unit, desc=description, disable=not shown)
+    if sys.stderr.isatty():
+        return bar()
+    counts = f"{{n_fmt}} of {{total_fmt}} {unit}s"
+    line = f"{{desc}}: {counts}, {{elapsed}} so far, {{remaining}} left\n"
+    return bar(delay=60, mininterval=60, bar_format=line)

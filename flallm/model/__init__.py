@@ -1,1 +1,5 @@
-"""Shape legend: B clips, F frames of all clips together, N sign-wise features of a clip, L target tokens, C and D widths."""
+"""Models from video to text.
+
+Shapes: B clips, F frames of all clips together, N features of a clip, L target tokens, V tokens of
+the vocabulary, C and D widths.
+"""

@@ -1,9 +1,11 @@
-"""A pre-trained model without the words that a data set does not need: most of a multilingual model is its vocabulary.
+"""Trims a pre-trained model's vocabulary to a data set: it is most of a multilingual model.
 
-What is kept: special tokens and language codes, bytes, every token of the training text, and on request the most frequent ones of another
-text, so that words of validation do not turn into `<unk>`. Kept tokens stay in their order and keep their embeddings, so
-the model gives them the same logits. Text made of kept tokens is split as before: Unigram finds the best of fewer splits, of which the best
-of all is one, and of BPE all merges are kept that lead to a kept token, with their parts. The result is an ordinary Hugging Face folder.
+Kept are special tokens and language codes, bytes, every token of the training text, and on request
+the most frequent tokens of another text, so that fewer words of validation become `<unk>`. Kept
+tokens stay in their order and keep their embeddings: the model gives them the same logits. Text of
+kept tokens is split as before. Unigram finds the best of fewer splits, and the best of all is one
+of them. BPE keeps all merges that lead to a kept token, with their parts. The result is an
+ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flallm.config import LLM
 from flallm.data.reader import Shards, splits_of
@@ -27,129 +29,233 @@ from flallm.data.tokenizer import load_tokenizer
 from flallm.model.llm import load_llm
 from flallm.utils import UserError, ensure_dir
 
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id")
+SPECIAL_IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "sep_token_id",
+)
 
 
 def trim(path: str, shards: str, out: Path, text: Path | None = None, most: int = 0) -> str:
-    """Writes the trimmed model of a folder or hub name to `out` and returns what there is to say. most: tokens of the file `text` to keep besides."""
+    """Writes the trimmed model of a folder or hub name to `out`; returns a summary.
+
+    text: a file with a sentence a line; most: how many of its most frequent tokens are kept, too.
+    """
     if out.exists():
         raise UserError(f"{out} exists already")
     model = load_llm(LLM(path=path))
     tokenizer = load_tokenizer(path)
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is not one of the tokenizers library")
-    counts = {split: _count(tokenizer, _texts(Shards(shards, split))) for split in ("train", *sorted({*splits_of(shards)} - {"train"}))}
-    frequent = _count(tokenizer, read_text(text, "a sentence a line was expected there").splitlines()) if text else Counter()
-    before, parameters, used = model.get_input_embeddings().num_embeddings, model.num_parameters(), counts.pop("train")
-    if max(used, default=0) >= before:
-        token = tokenizer.convert_ids_to_tokens(max(used))
-        raise UserError(f"{shards}: the training text has the token {token!r} with the id {max(used)}, and {path} has {before} embeddings")
+    counts = _count_splits(tokenizer, shards)
+    used = set(counts.pop("train"))
+    vocabulary, parameters = model.get_input_embeddings().num_embeddings, model.num_parameters()
+    if max(used, default=0) >= vocabulary:
+        largest = max(used)
+        token = f"the token {tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}"
+        rows = f"{path} has {vocabulary} embeddings"
+        raise UserError(f"{shards}: the training text has {token}, and {rows}")
+    if text:
+        lines = read_text(text, "a sentence a line was expected there").splitlines()
+        frequent = _count(tokenizer, lines).most_common(most)
+        used |= {token_id for token_id, _ in frequent if token_id < vocabulary}
     ensure_dir(out.parent)
-    small_ids, small = trim_tokenizer(tokenizer, {*used, *(i for i, _ in frequent.most_common(most) if i < before)})
-    kept = {old: new for old, new in small_ids.items() if old < before}  # a tokenizer may have a [PAD] that the model has no embedding for
+    new_ids, small = trim_tokenizer(tokenizer, used)
+    # A tokenizer may have a [PAD] that the model has no embedding for.
+    kept = {old: new for old, new in new_ids.items() if old < vocabulary}
     trim_model(model, kept)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    for saved in (model, small):
-        saved.save_pretrained(part)
-    part.replace(out)
-    said = [f"vocabulary  {before:,} -> {len(kept):,} tokens", f"parameters  {parameters / 1e6:.1f} M -> {model.num_parameters() / 1e6:.1f} M"]
+    _save(model, small, out)
+    size, small_size = parameters / 1e6, model.num_parameters() / 1e6
+    summary = [
+        f"vocabulary  {vocabulary:,} -> {len(kept):,} tokens",
+        f"parameters  {size:.1f} M -> {small_size:.1f} M",
+    ]
     for split, count in counts.items():
-        lost = sum(n for i, n in count.items() if i not in kept)
-        said.append(f"{split:11} {lost / max(1, count.total()):.2%} of the tokens lost")
-    return "\n".join([*said, f"written to {out}"])
+        lost = sum(number for token_id, number in count.items() if token_id not in kept)
+        summary.append(f"{split:11} {lost / max(1, count.total()):.2%} of the tokens lost")
+    return "\n".join([*summary, f"written to {out}"])
 
 
-def _texts(shards: Shards) -> Iterable[str]:
-    return (meta["text"] for meta in shards.metas() if meta)
+def _count_splits(tokenizer: PreTrainedTokenizerBase, shards: str) -> dict[str, Counter]:
+    """By split, first train, how often each token id occurs in the texts of the shards."""
+    counts = {}
+    for split in ("train", *sorted({*splits_of(shards)} - {"train"})):
+        texts = (meta["text"] for meta in Shards(shards, split).metas() if meta)
+        counts[split] = _count(tokenizer, texts)
+    return counts
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter:
-    return Counter(i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+    counts = Counter()
+    for text in texts:
+        counts.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return counts
 
 
-def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, used: set[int]) -> tuple[dict[int, int], PreTrainedTokenizerFast]:
-    """({id as it was: id as it is}, the tokenizer of these tokens)."""
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Writes both into a folder that appears at once, complete."""
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.replace(out)
+
+
+def trim_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, used: set[int]
+) -> tuple[dict[int, int], PreTrainedTokenizerFast]:
+    """({old id: new id} of the kept tokens, the tokenizer of these tokens).
+
+    used: the ids to keep, besides those that every text needs.
+    """
     data = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocab = data["model"]["vocab"]  # Unigram: [[piece, score]], by id; otherwise {piece: id}
-    ids = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
-    names = {i: piece for piece, i in ids.items()}
-    alphabet = (
-        {*ByteLevel.alphabet(), *(f"<0x{byte:02X}>" for byte in range(256))} if data["model"]["type"] == "BPE" or data["model"].get("byte_fallback") else set()
-    )
-    always = {*tokenizer.all_special_ids, *(t["id"] for t in data["added_tokens"]), *(ids[piece] for piece in alphabet & ids.keys())}
-    unknown = data["model"].get("unk_id", ids.get(data["model"].get("unk_token")))
-    kept = used | always | _named_ids(data["post_processor"]) | ({unknown} if unknown is not None else set())
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in data["model"].get("merges", [])]
-    parts: dict[str, list[str]] = {}
-    for a, b in merges:
-        parts.setdefault(a + b, []).extend((a, b))
-    todo = [names[i] for i in kept if i in names]
-    while todo:  # what a kept token is merged from
-        for part in parts.pop(todo.pop(), []):
-            if ids[part] not in kept:
-                kept.add(ids[part])
-                todo.append(part)
-            elif part in parts:
-                todo.append(part)
-    new = {old: i for i, old in enumerate(sorted(kept))}
-    if isinstance(vocab, list):
-        data["model"]["vocab"] = [entry for i, entry in enumerate(vocab) if i in new]
-        data["model"]["unk_id"] = new.get(unknown)
-    else:
-        data["model"]["vocab"] = {piece: new[i] for piece, i in vocab.items() if i in new}
-    if merges:
-        data["model"]["merges"] = [[a, b] for a, b in merges if all(ids.get(x) in new for x in (a, b, a + b))]
+    ids = _vocabulary(data["model"])
+    merges = []
+    for merge in data["model"].get("merges", []):
+        merges.append(tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge))
+    kept = used | _required_ids(tokenizer, data, ids)
+    _add_parts(kept, ids, merges)
+    new_ids = {old: new for new, old in enumerate(sorted(kept))}
+    _renumber_model(data["model"], ids, merges, new_ids)
     for token in data["added_tokens"]:
-        token["id"] = new[token["id"]]
-    _renumber(data["post_processor"], new)
-    data["padding"] = None  # it has the id of the padding token as it was; whoever pads states it
-    special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    extra = [token for token in tokenizer.all_special_tokens if token not in special.values()]
-    small = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **special, extra_special_tokens=extra)
-    if small.get_vocab() != {token: new[i] for token, i in tokenizer.get_vocab().items() if i in new}:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot be trimmed: its tokens would not keep their order")
-    return new, small
+        token["id"] = new_ids[token["id"]]
+    _renumber_processor(data["post_processor"], new_ids)
+    data["padding"] = None  # it has the old id of the padding token; callers set their own
+    special = {}
+    for name, value in tokenizer.special_tokens_map.items():
+        if isinstance(value, str):
+            special[name] = value
+    small = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)),
+        **special,
+        extra_special_tokens=[t for t in tokenizer.all_special_tokens if t not in special.values()],
+    )
+    old_vocab = tokenizer.get_vocab().items()
+    if small.get_vocab() != {token: new_ids[i] for token, i in old_vocab if i in new_ids}:
+        problem = "cannot be trimmed: its tokens would not keep their order"
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} {problem}")
+    return new_ids, small
 
 
-def _named_ids(processor: dict | None) -> set[int]:
+def _vocabulary(model: dict) -> dict[str, int]:
+    """{piece: id} of the model of a tokenizer.json; a Unigram lists (piece, score) by id."""
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        return {piece: token_id for token_id, (piece, _) in enumerate(vocab)}
+    return vocab
+
+
+def _required_ids(tokenizer: PreTrainedTokenizerBase, data: dict, ids: dict[str, int]) -> set[int]:
+    """Special and added tokens, the unknown token, bytes, and those of the post-processor.
+
+    data: the content of a tokenizer.json; ids: its vocabulary.
+    """
+    model = data["model"]
+    required = {*tokenizer.all_special_ids, *(token["id"] for token in data["added_tokens"])}
+    required |= _processor_ids(data["post_processor"])
+    unknown = _unknown_id(model, ids)
+    if unknown is not None:
+        required.add(unknown)
+    if model["type"] == "BPE" or model.get("byte_fallback"):
+        alphabet = {*ByteLevel.alphabet(), *(f"<0x{byte:02X}>" for byte in range(256))}
+        required |= {ids[piece] for piece in alphabet & ids.keys()}
+    return required
+
+
+def _unknown_id(model: dict, ids: dict[str, int]) -> int | None:
+    return model.get("unk_id", ids.get(model.get("unk_token")))
+
+
+def _add_parts(kept: set[int], ids: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """Adds the pieces that BPE merges into kept ones, and their parts in turn."""
+    parts: dict[str, list[str]] = {}
+    for left, right in merges:
+        parts.setdefault(left + right, []).extend((left, right))
+    pieces = [piece for piece, token_id in ids.items() if token_id in kept]
+    while pieces:
+        for part in parts.pop(pieces.pop(), []):
+            kept.add(ids[part])
+            pieces.append(part)
+
+
+def _renumber_model(
+    model: dict, ids: dict[str, int], merges: list[tuple[str, str]], new_ids: dict[int, int]
+) -> None:
+    """Leaves the model of a tokenizer.json the kept tokens, under their new ids."""
+    if isinstance(model["vocab"], list):
+        unknown = _unknown_id(model, ids)
+        model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new_ids]
+        model["unk_id"] = new_ids.get(unknown)
+    else:
+        model["vocab"] = {piece: new_ids[i] for piece, i in ids.items() if i in new_ids}
+    if merges:
+        model["merges"] = []
+        for left, right in merges:
+            if all(ids.get(piece) in new_ids for piece in (left, right, left + right)):
+                model["merges"].append([left, right])
+
+
+def _processor_ids(processor: dict | None) -> set[int]:
     """The ids of the tokens that a post-processor of a tokenizer.json puts around a text."""
-    processor = processor or {}
-    ids = {i for token in processor.get("special_tokens", {}).values() for i in token["ids"]}  # TemplateProcessing
-    ids |= {processor[end][1] for end in ("sep", "cls") if end in processor}  # BERT's and RoBERTa's
-    return ids.union(*map(_named_ids, processor.get("processors", [])))
-
-
-def _renumber(processor: dict | None, new: dict[int, int]) -> None:
-    """Puts the new ids into a post-processor of a tokenizer.json."""
-    for token in (processor or {}).get("special_tokens", {}).values():  # TemplateProcessing
-        token["ids"] = [new[i] for i in token["ids"]]
+    ids: set[int] = set()
+    if processor is None:
+        return ids
+    for token in processor.get("special_tokens", {}).values():  # TemplateProcessing
+        ids.update(token["ids"])
     for end in ("sep", "cls"):  # BERT's and RoBERTa's
-        if end in (processor or {}):
-            processor[end][1] = new[processor[end][1]]
-    for one in (processor or {}).get("processors", []):
-        _renumber(one, new)
+        if end in processor:
+            ids.add(processor[end][1])
+    for inner in processor.get("processors", []):
+        ids |= _processor_ids(inner)
+    return ids
 
 
-def trim_model(model: torch.nn.Module, kept: dict[int, int]) -> None:
-    """Leaves the model these tokens; `trimmed_from` in its config is how many there were."""
+def _renumber_processor(processor: dict | None, new_ids: dict[int, int]) -> None:
+    """Puts the new ids into a post-processor of a tokenizer.json."""
+    if processor is None:
+        return
+    for token in processor.get("special_tokens", {}).values():
+        token["ids"] = [new_ids[old] for old in token["ids"]]
+    for end in ("sep", "cls"):
+        if end in processor:
+            processor[end][1] = new_ids[processor[end][1]]
+    for inner in processor.get("processors", []):
+        _renumber_processor(inner, new_ids)
+
+
+def trim_model(model: PreTrainedModel, kept: dict[int, int]) -> None:
+    """Leaves the model the kept tokens, {old id: new id}.
+
+    `trimmed_from` in its config is how many tokens it had.
+    """
     if hasattr(model.config, "vocab_size_per_layer_input"):
-        raise UserError(f"a {model.config.model_type} model has embeddings of its tokens in every layer and cannot be trimmed")
-    rows, before = torch.tensor(list(kept)), model.get_input_embeddings().num_embeddings
-    # Not by resize_token_embeddings, which ties what the config says is tied, as T5's always does.
-    tables = {id(w): nn.Parameter(w.detach()[rows]) for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+        kind = f"a {model.config.model_type} model has embeddings of its tokens in every layer"
+        raise UserError(f"{kind} and cannot be trimmed")
+    rows, vocabulary = torch.tensor(list(kept)), model.get_input_embeddings().num_embeddings
+    # resize_token_embeddings would tie what the config says is tied, as T5's always does.
+    tables = {}
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        tables[id(table.weight)] = nn.Parameter(table.weight.detach()[rows])
     for module in model.modules():
-        if id(getattr(module, "weight", None)) in tables:
-            module.weight = tables[id(module.weight)]
-            if getattr(module, "bias", None) is not None:
-                module.bias = nn.Parameter(module.bias.detach()[rows])
-            setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(rows))
+        if id(getattr(module, "weight", None)) not in tables:
+            continue
+        module.weight = tables[id(module.weight)]
+        if getattr(module, "bias", None) is not None:
+            module.bias = nn.Parameter(module.bias.detach()[rows])
+        size = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
+        setattr(module, size, len(rows))
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias = model.final_logits_bias[:, rows]
     model.config.vocab_size = len(rows)
     for config in (model.config, model.generation_config):
         for name in SPECIAL_IDS:
             value = getattr(config, name, None)
-            if value is not None:
-                setattr(config, name, [kept[i] for i in value if i in kept] if isinstance(value, list) else kept.get(value))
-    model.config.trimmed_from = before
+            if isinstance(value, list):
+                setattr(config, name, [kept[old] for old in value if old in kept])
+            elif value is not None:
+                setattr(config, name, kept.get(value))
+    model.config.trimmed_from = vocabulary

@@ -1,4 +1,4 @@
-"""Weights of a run's checkpoints: which are whole, which is best, and into which module they go."""
+"""Weights of a run's checkpoints: which are intact, which is best, and loading them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -14,92 +15,140 @@ from flallm.model.llm import untie
 from flallm.utils import UserError
 
 
+class ScoredCheckpoint(NamedTuple):
+    """A checkpoint with a dev score. They sort by score; of equal ones the later is greater."""
+
+    score: float
+    step: int
+    folder: Path
+
+
 def checkpoint_steps(run: Path) -> list[int]:
-    """Of which steps a run has checkpoints, whole or not. A copy under another name, such as step-10.bak, is none of them."""
-    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal() and path.name.isascii())
+    """The steps of which a run has checkpoints, intact or not.
+
+    A copy under another name, such as step-10.bak, does not count.
+    """
+    steps = []
+    for path in (run / "checkpoints").glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal() and number.isascii():
+            steps.append(int(number))
+    return sorted(steps)
 
 
 def best_checkpoint(run: Path) -> Path:
-    """The checkpoint with the highest leading dev score; of equals the later one."""
-    found = by_dev_score(read_manifests(run / "checkpoints"))
-    if not found:
-        raise UserError(f"{run} holds no scored checkpoint: has the run got as far as its first look at the dev split?")
-    return max(found)[2]
+    """The checkpoint with the highest leading dev score; of equal ones the later."""
+    scored = by_dev_score(read_manifests(run / "checkpoints"))
+    if not scored:
+        question = "has the run got as far as its first look at the dev split?"
+        raise UserError(f"{run} holds no scored checkpoint: {question}")
+    return max(scored).folder
 
 
-def by_dev_score(found: list[tuple[dict, Path]]) -> list[tuple[float, int, Path]]:
-    """(score, step, folder) of the checkpoints that have the score that leads in the newest of them.
-    Those that an older version wrote name none: BLEU-4 led."""
-    scored = [(manifest, path) for manifest, path in found if manifest["dev_bleu4"] is not None]
+def by_dev_score(manifests: list[tuple[dict, Path]]) -> list[ScoredCheckpoint]:
+    """The checkpoints that have the score that leads in the newest of them.
+
+    manifests: of checkpoints, with their folders. Those of older versions name no leading score:
+    it was BLEU-4.
+    """
+    scored = [pair for pair in manifests if pair[0]["dev_bleu4"] is not None]
     if not scored:
         return []
     newest = max((manifest for manifest, _ in scored), key=lambda manifest: manifest["step"])
-    name = f"dev_{newest['state'].get('leading') or 'bleu4'}"
-    return [(manifest[name], manifest["step"], path) for manifest, path in scored if name in manifest]
+    score = f"dev_{newest['state'].get('leading') or 'bleu4'}"
+    return [
+        ScoredCheckpoint(manifest[score], manifest["step"], folder)
+        for manifest, folder in scored
+        if score in manifest
+    ]
 
 
 def run_progress(run: Path) -> tuple[int, int]:
-    """The step of a run's newest checkpoint, and of how many."""
-    manifest = max((m for m, _ in read_manifests(run / "checkpoints")), key=lambda m: m["step"])
-    return manifest["step"], manifest.get("steps", manifest["step"])
+    """(the step of a run's newest checkpoint, the number of its steps)."""
+    manifests = [manifest for manifest, _ in read_manifests(run / "checkpoints")]
+    newest = max(manifests, key=lambda manifest: manifest["step"])
+    return newest["step"], newest.get("steps", newest["step"])
 
 
 def weights_sha256(run: Path) -> str:
-    """The SHA-256 of the weights of its best checkpoint."""
+    """The SHA-256 of the weights of a run's best checkpoint."""
     return read_manifest(best_checkpoint(run))["files"]["model.safetensors"]["sha256"]
 
 
 def load_best(run: Path, model: torch.nn.Module, prefix: str = "") -> None:
-    """Fills the model from the best checkpoint, or with `prefix` a module from the part of that name."""
+    """Loads the best checkpoint of a run into the model.
+
+    prefix: only the weights whose names begin with it, without it. Raises UserError for a
+    checkpoint that is damaged or does not fit.
+    """
     folder = best_checkpoint(run)
-    if problem := file_problem(folder / "model.safetensors", read_manifest(folder)["files"]["model.safetensors"]):
+    facts = read_manifest(folder)["files"]["model.safetensors"]
+    problem = file_problem(folder / "model.safetensors", facts)
+    if problem:
         raise UserError(problem)
     load_weights(folder, model, prefix)
 
 
 def load_weights(folder: Path, model: torch.nn.Module, prefix: str = "") -> None:
-    """The weights of a verified checkpoint."""
+    """Loads the weights of a verified checkpoint; prefix: as in `load_best`."""
     path = folder / "model.safetensors"
-    weights = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
-    for name in weights.keys() & set(_shared_names(model)):  # two tensors there, so two here
+    weights = {}
+    for name, tensor in load_file(path).items():
+        if name.startswith(prefix):
+            weights[name.removeprefix(prefix)] = tensor
+    for name in weights.keys() & set(_repeated_names(model)):  # two tensors in the file
         untie(model, name)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = set(missing) - set(_shared_names(model)) - getattr(model, "base", set())
+    absent, unexpected = model.load_state_dict(weights, strict=False)
+    missing = set(absent) - set(_repeated_names(model)) - getattr(model, "base", set())
     if missing or unexpected:
-        raise UserError(f"{path} does not fit the config of the run: missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
+        names = f"missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}"
+        raise UserError(f"{path} does not fit the config of the run: {names}")
 
 
 def unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state without the second and further names of a shared tensor, which safetensors does not take, and without what the run holds elsewhere."""
-    left_out = {*_shared_names(model), *model.base}
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in left_out}
+    """The state of a model for safetensors, which refuses shared tensors.
+
+    Each shared tensor has its first name alone. The frozen weights under LoRA's are left out.
+    """
+    excluded = {*_repeated_names(model), *model.base}
+    state = model.state_dict().items()
+    return {name: tensor.contiguous() for name, tensor in state if name not in excluded}
 
 
-def _shared_names(model: torch.nn.Module) -> list[str]:
-    seen: set[int] = set()
-    return [n for n, t in model.state_dict(keep_vars=True).items() if id(t) in seen or seen.add(id(t))]
+def _repeated_names(model: torch.nn.Module) -> list[str]:
+    """The second and further names of shared tensors."""
+    seen, repeated = set(), []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            repeated.append(name)
+        seen.add(id(tensor))
+    return repeated
 
 
 def read_manifests(folder: Path) -> list[tuple[dict, Path]]:
-    """Those that can be read."""
-    found = []
+    """The readable manifests of the checkpoints in a folder, with the checkpoints' folders."""
+    manifests = []
     for step in checkpoint_steps(folder.parent):
+        checkpoint = folder / f"step-{step}"
         with contextlib.suppress(UserError):
-            found.append((read_manifest(folder / f"step-{step}"), folder / f"step-{step}"))
-    return found
+            manifests.append((read_manifest(checkpoint), checkpoint))
+    return manifests
 
 
 def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint. Raises UserError where it is missing or altered."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest.pop("sha256", None) == manifest_digest(manifest):
-            return manifest
+        digest = manifest.pop("sha256", None)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {error}") from None
-    raise UserError(f"{folder}/manifest.json is altered")
+    if digest != manifest_digest(manifest):
+        raise UserError(f"{folder}/manifest.json is altered")
+    return manifest
 
 
 def file_problem(path: Path, facts: dict) -> str | None:
+    """What is wrong with a file of a checkpoint; facts: its bytes and sha256 in the manifest."""
     try:
         if path.stat().st_size == facts["bytes"] and file_sha256(path) == facts["sha256"]:
             return None
@@ -109,6 +158,7 @@ def file_problem(path: Path, facts: dict) -> str | None:
 
 
 def manifest_digest(manifest: dict) -> str:
+    """The SHA-256 of a manifest without its own `sha256`."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

@@ -33,7 +33,7 @@ from flallm.data.reader import Shards
 from flallm.data.tokenizer import TranslationTokenizer
 from flallm.demo.pretrain import make_tokenizer, noise, pretrain
 from flallm.evaluation.decode import reachable_score
-from flallm.model.llm import family, load_llm, untie
+from flallm.model.llm import load_llm, make_lm_adapter, untie
 from flallm.model.translator import Translator
 from flallm.model.trim import trim_tokenizer
 from flallm.model.weights import load_weights, unique_tensors
@@ -117,7 +117,7 @@ def test_word_embeddings_in_the_place_of_features_give_the_models_own_outputs(bu
     model.adapter = nn.Identity()
     with torch.no_grad():
         inputs = model._read(model.language.get_input_embeddings().weight[[i for ids in words for i in ids]], torch.tensor([len(w) for w in words]))
-        ours = model.family.logits(inputs, labels)
+        ours = model.lm_adapter.logits(inputs, labels)
         for row, ids, answer in zip(ours, words, labels):
             ids, answer = [*model.text.before, *ids, *model.text.after], answer[answer != IGNORE_INDEX].tolist()
             if kind == "llama":
@@ -274,7 +274,7 @@ def test_decoder_only_families_decode_and_show_attention_alone_as_in_a_batch(fol
     CONFIG_MAPPING[kind](**{**FAMILIES[kind], "bos_token_id": 0, "eos_token_id": 2}).save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = load_llm(cfg.LLM(path=str(tmp_path), random=True)).eval()
-    reader = family(model, TranslationTokenizer(cfg.LLM(path=str(folders["llama"]))))
+    reader = make_lm_adapter(model, TranslationTokenizer(cfg.LLM(path=str(folders["llama"]))))
     clips = torch.randn(2, 9, 32).split(1)
     lengths, labels = (5, 9), torch.tensor([[7, 8, 9, 2], [7, 2, IGNORE_INDEX, IGNORE_INDEX]])
     padded = torch.cat([nn.functional.pad(clip[:, :n], (0, 0, 9 - n, 0)) for clip, n in zip(clips, lengths)])
