@@ -325,7 +325,8 @@ def ablate(
         run: only the run of this number in the plan, on the ranks that a launcher has started
         overrides: fields of the recipe, in all runs
     """
-    from flallm.ablation.study import Sweep, ablate
+    from flallm.ablation.ablate import ablate, train_run
+    from flallm.ablation.study import Sweep
 
     if where not in ("here", "slurm", "nowhere"):
         raise UserError(f"--where: {where!r} is none of here, slurm, nowhere")
@@ -342,7 +343,7 @@ def ablate(
     def work() -> None:
         chosen = study.runs[number]
         with _ranks(study.timeout(chosen)) as group:
-            study.train(chosen, group)
+            train_run(study, chosen, group)
 
     return DeferredCommand(work)
 
