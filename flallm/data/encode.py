@@ -70,7 +70,7 @@ def encode_all(clips: Iterable[Clip], options: EncodeOptions, processes: int) ->
     with WorkerPool(processes, "flallm.data.encode") as workers:
         waiting: deque[Callable] = deque()
         for clip in clips:
-            waiting.append(workers.start(_encode_or_cause, clip, options, timeout=TIMEOUT))
+            waiting.append(workers.submit(_encode_or_cause, clip, options, timeout=TIMEOUT))
             if len(waiting) > 16 * processes:  # a bounded number of them under way
                 yield _result(waiting.popleft())
         while waiting:

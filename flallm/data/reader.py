@@ -176,7 +176,7 @@ class Shards:
             meta, video = content[: row["json_size"]], content[row["video_offset"] - start :]
             if checksum(video, meta) == row["checksum"]:
                 break
-            if not (self.store.forget(name, start, stop) and again):
+            if not (self.store.evict(name, start, stop) and again):
                 raise BadSample(f"{self.folder}/{name}: sample {i} is not what the index says: the shard is cut short or altered")
         try:
             said = json.loads(meta)

@@ -24,7 +24,7 @@ def verify(folder: str, splits: list[str], processes: int) -> Iterator[str]:
         keys: Counter[str] = Counter()
         numbers = [np.flatnonzero(shards.index["shard"] == n) for n in range(len(shards.shard_bytes))]
         with WorkerPool(processes, "flallm.data.verify") as workers, progress(len(shards), "clip", split) as bar:
-            results = [workers.start(_verify_shard, folder, split, n, rows.tolist(), timeout=TIMEOUT + len(rows)) for n, rows in enumerate(numbers)]
+            results = [workers.submit(_verify_shard, folder, split, n, rows.tolist(), timeout=TIMEOUT + len(rows)) for n, rows in enumerate(numbers)]
             for n, (result, rows) in enumerate(zip(results, numbers)):
                 try:
                     found, problems = result()
