@@ -19,10 +19,10 @@ from flallm.data import hub
 from flallm.utils import UserError
 from flallm.config import LLM
 from flallm.model.llm import load_llm
-from flallm.data.tokenizer import Text
+from flallm.data.tokenizer import TranslationTokenizer
 
 for path in ("org/tiny", "org/half"):
-    print(Text(LLM(path=path)).encode("we saw"))
+    print(TranslationTokenizer(LLM(path=path)).encode("we saw"))
 print(load_llm(LLM(path="org/tiny")).num_parameters())
 """
 WITHOUT_NETWORK = """
