@@ -46,7 +46,7 @@ from flallm.utils import UserError, usable_cpus
 COUNT, SEED, TIMEOUT = 4000, 0, 30
 WORDS = [b"\0", b'"', b"\n", b"|", b"\t", b"\xff", b"\r", b"..", b"/", b",", b"\xed\xa0\x80", b"nan", b"1e400", b"-1", b"9" * 400, b"[" * 9000, b"null", b"{}"]
 NUMBERS = [0, 1, 7, 2**15, 2**31 - 1, 2**31, 2**32 - 1]
-DECODE = (36, 32, 4, 300, Augment(), 0)  # a loader's options
+DECODE = decoder.DecodeOptions(36, 32, 4, 300, Augment(), 0)  # a loader's options
 
 
 # Changes
@@ -485,7 +485,7 @@ def fuzz(count: int, seed: int, good: Path, processes: int = usable_cpus()) -> t
     outcomes, failures, names = defaultdict(Counter), [], list(KINDS)
     with WorkerPool(processes, "flallm.data.decoding") as workers:
         waiting = [(n, names[n % len(names)]) for n in range(count)]
-        results = [workers.start(run, kind, str(good), seed, n, timeout=TIMEOUT) for n, kind in waiting]
+        results = [workers.submit(run, kind, str(good), seed, n, timeout=TIMEOUT) for n, kind in waiting]
         for (n, kind), result in zip(waiting, results):
             try:
                 ended = result()

@@ -1,19 +1,20 @@
-"""The loader's worker side, with two clips that its decoder does not survive; workers import it in place of flallm.decoder."""
+"""A copy of `flallm.data.decoding` whose decoder crashes on one clip and hangs on another."""
 
 import os
 import signal
 import time
 
-from flallm.data import decoding as decoder
+from flallm.data import decoding
 
-CRASHES, MAX_TIMEOUTS = 1, 4
-start, load = decoder.start, decoder.load
+CRASHES, HANGS = 1, 4  # clip numbers
+init_worker, load = decoding.init_worker, decoding.load
 
 
-def run(number, *args):
+def load_shared(number, *args):
     if number == CRASHES:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if number == MAX_TIMEOUTS:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in a loop in C, where no handler of Python's is reached
+    if number == HANGS:
+        # A loop in C reaches no Python handler.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
-    return decoder.run(number, *args)
+    return decoding.load_shared(number, *args)

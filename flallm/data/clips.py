@@ -16,18 +16,24 @@ MISSING = "its video or folder of images does not exist"
 
 
 class Media(Protocol):
-    """Where the pixels of a clip come from; opened in the process that encodes."""
+    """The source of a clip's pixels. The process that encodes opens it."""
 
-    source: str  # what to tell a person
+    source: str  # its name for people
 
     def frames(self) -> tuple[Fraction, Iterator[tuple[float, av.VideoFrame]]]:
-        """(frames per second, (seconds, frame) in display order, upright). Seconds never go back."""
+        """(frames per second, (seconds, frame) in display order, upright).
+
+        Seconds never decrease.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A signed sentence: `key` is unique in its data set and has no dot (WebDataset cuts keys at the first one)."""
+    """A signed sentence.
+
+    key: unique in its data set and without a dot, because WebDataset cuts keys at the first one.
+    """
 
     key: str
     split: str
@@ -39,7 +45,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class SkippedClip:
-    """A row that gives no clip, and why; `source` is the video or the place in a table. All of it can be printed."""
+    """A row that gives no clip, and why. All of its fields can be printed.
+
+    source: the video, or the place in a table.
+    """
 
     key: str
     split: str
@@ -48,27 +57,45 @@ class SkippedClip:
 
     def __post_init__(self):
         for field in fields(self):
-            object.__setattr__(self, field.name, getattr(self, field.name).encode("utf-8", "backslashreplace").decode())
+            value = getattr(self, field.name).encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, field.name, value)
 
 
-def clip(key: str, split: str, text: str, media: Media, gloss: str | None = None, signer: str | None = None) -> Clip | SkippedClip:
-    """The clip of a row, or why it is none."""
+def clip(
+    key: str,
+    split: str,
+    text: str,
+    media: Media,
+    gloss: str | None = None,
+    signer: str | None = None,
+) -> Clip | SkippedClip:
+    """The clip of a row, or why it gives none."""
     key, text = re.sub(r"[./\\]", "_", key), text.strip()
-    if not key or not text:
-        return SkippedClip(key, split, media.source, "has no text" if key else "has no name")
-    for what, value in (("key", key), ("text", text), ("gloss", gloss or ""), ("signer", signer or "")):
+    if not key:
+        return SkippedClip(key, split, media.source, "has no name")
+    if not text:
+        return SkippedClip(key, split, media.source, "has no text")
+    texts = {"key": key, "text": text, "gloss": gloss or "", "signer": signer or ""}
+    for name, value in texts.items():
         if "\0" in value or value.encode("utf-8", "ignore").decode() != value:
-            return SkippedClip(key, split, media.source, f"its {what} holds a NUL or half a character")
+            cause = f"its {name} holds a NUL or half a character"
+            return SkippedClip(key, split, media.source, cause)
     return Clip(key, split, text, media, gloss or None, signer or None)
 
 
-def require_any(clips: Iterator[Clip | SkippedClip], hint: str) -> Iterator[Clip | SkippedClip]:
-    """The same; but where no clip's video exists it is not the data set that is at fault, and that is a UserError."""
-    any_clip, first = False, None
-    for one in clips:
-        any_clip |= isinstance(one, Clip)
-        if first is None and isinstance(one, SkippedClip) and one.cause == MISSING:
-            first = one
-        yield one
-    if first and not any_clip:
-        raise UserError(f"{first.source} does not exist, and no other clip has a video either: {hint}")
+def require_any(rows: Iterator[Clip | SkippedClip], hint: str) -> Iterator[Clip | SkippedClip]:
+    """Passes rows on. Raises UserError at the end where there is no clip for lack of its video.
+
+    Then the path is wrong, not the data set. hint: what the user can do.
+    """
+    any_clip, first_missing = False, None
+    for row in rows:
+        if isinstance(row, Clip):
+            any_clip = True
+        elif first_missing is None and row.cause == MISSING:
+            first_missing = row
+        yield row
+    if first_missing and not any_clip:
+        raise UserError(
+            f"{first_missing.source} does not exist, and no other clip has a video either: {hint}"
+        )

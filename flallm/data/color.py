@@ -1,4 +1,4 @@
-"""Colours: a frame of any video becomes RGB, or the YUV of a shard, by the same rules everywhere."""
+"""Colours: converts a frame of any video to RGB, or to the YUV of shards, by the same rules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from av.video.reformatter import (
 RGB = 0
 UNSPECIFIED = (2, 3)
 BT601 = (5, 6)  # two names of one matrix
-CONVERTED = (1, 4, *BT601, 7, 9)  # BT.709, FCC, BT.601, SMPTE 240M, BT.2020: those that swscale knows
+# The matrices that swscale converts: BT.709, FCC, BT.601, SMPTE 240M, BT.2020.
+CONVERTED = (1, 4, *BT601, 7, 9)
 GREY = ("gray", "ya8", "ya16")  # beginnings of pixel formats
 HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
 
@@ -98,7 +99,9 @@ class FrameConverter:
             threads=1,
         )
 
-    def _rgb(self, frame: av.VideoFrame, width: int, height: int, interpolation: Interpolation) -> av.VideoFrame:
+    def _rgb(
+        self, frame: av.VideoFrame, width: int, height: int, interpolation: Interpolation
+    ) -> av.VideoFrame:
         wide = is_wide(frame)
         return self.rgb_scaler.reformat(
             frame,

@@ -1,8 +1,8 @@
-"""plan + shards + video + text -> `Batch`es, decoded by worker processes ahead of the trainer.
+"""`Batch`es of clips, decoded by worker processes ahead of the trainer.
 
-A worker decodes a clip straight into the shared memory of its batch, so frames are copied no more once they are decoded, and
-go through no pickle. How much is decoded ahead is bounded in bytes. A clip that crashes its worker or hangs it is left out
-and named, and another worker takes the place; one that was killed from outside is decoded again.
+A worker decodes a clip straight into the shared memory of its batch, so decoded frames are neither
+copied nor pickled. The bytes decoded ahead are bounded. A clip that crashes or hangs its worker is
+left out and named. A clip whose worker was killed from outside is decoded again.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from flallm.config import Data
-from flallm.data import decoding as decoder
+from flallm.data import decoding
+from flallm.data.decoding import DecodeOptions, LoadedClip
 from flallm.data.reader import Shards
 from flallm.data.tokenizer import TranslationTokenizer
 from flallm.data.transforms import used_frames
@@ -27,18 +29,23 @@ from flallm.utils import UserError
 
 IGNORE_INDEX = -100  # a label that is no token
 TIMEOUT = 60  # seconds a worker may take for one clip
-MAX_PREFETCH = 64  # batches, each with an open file of which a process may have 1,024 on many machines
+MAX_PREFETCH = 64  # batches. Each is an open file, and many machines allow 1,024 a process.
 
-Group = list[tuple[int | None, int]]  # (epoch, clip number); without an epoch a clip is not augmented
+Group = list[tuple[int | None, int]]  # (epoch, clip number); without an epoch, no augmentation
 
 
 @dataclass
 class Batch:
-    """Clips without any padding of frames.
+    """Clips one after another, with no padding of frames.
 
-    frames: (F, H, W, 3) uint8, or (F, C) features in their place, those of all clips one after another; lengths: (B,) frames of each clip.
-    labels: (B, L) token ids, `IGNORE` after the end of a text. bad: samples left out, {"key", "cause"}. Where all of a batch are, a stand-in
-    without a text and with "" for its key takes their place, so that this rank has something to do.
+    frames: (F, H, W, 3) uint8, or (F, C) features; F is the sum of `lengths`.
+    lengths: (B,) frames of each clip.
+    labels: (B, L) token ids, IGNORE_INDEX after the end of a text.
+    keys, texts: B of each.
+    bad: the clips left out, {"key", "cause"} each.
+
+    Where no clip of a batch can be read, it holds a placeholder without a text and with the key "",
+    so that this rank takes part in the step.
     """
 
     frames: torch.Tensor
@@ -54,7 +61,7 @@ class Batch:
         return self.keys == [""]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.frames.to(device), self.lengths, self.labels.to(device), self.keys, self.texts, self.bad)
+        return replace(self, frames=self.frames.to(device), labels=self.labels.to(device))
 
     @property
     def tokens(self) -> int:
@@ -62,96 +69,150 @@ class Batch:
 
 
 class ClipDataset:
-    """The clips of a split as a model sees them."""
+    """The clips of a split as a model sees them.
+
+    used: (clips,) used frames of each clip.
+    features: the model that made them, where the shards hold features; {} where they hold videos.
+    shape, dtype: of one used frame.
+    """
 
     def __init__(self, split: str, data: Data, seed: int):
-        self.shards, self.data = Shards(data.shards, split, data.cache, data.cache_gib), data
+        self.data = data
+        self.shards = Shards(data.shards, split, data.cache, data.cache_gib)
         if data.fps not in (0, self.shards.fps):
             raise UserError(
-                f"data.fps: {data.shards} has {self.shards.fps:g}, not {data.fps:g}: the frame rate is "
-                f"chosen when shards are made, make_shards.py --fps={data.fps:g}"
+                f"data.fps: {data.shards} has {self.shards.fps:g}, not {data.fps:g}: the frame "
+                f"rate is chosen when shards are made, make_shards.py --fps={data.fps:g}"
             )
-        self.used = used_frames(self.shards.index["frames"], data.stride, data.max_frames)  # frames of each clip
-        self.features = self.shards.features  # what made them, where the shards hold features; {}: they hold videos
-        self.shape, self.dtype = decoder.kind(self.shards, data.crop)
+        self.used = used_frames(self.shards.index["frames"], data.stride, data.max_frames)
+        self.features = self.shards.features
+        self.shape, self.dtype = decoding.frame_format(self.shards, data.crop)
         self.frame_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
-        self.options = (data.resize, data.crop, data.stride, data.max_frames, data.augment, seed)
+        self.options = DecodeOptions(
+            data.resize, data.crop, data.stride, data.max_frames, data.augment, seed
+        )
 
-    def batch(self, text: TranslationTokenizer, group: Group) -> Batch:
-        """One batch, decoded here and now."""
-        return next(batches(self, text, [group], 0))
+    def batch(self, tokenizer: TranslationTokenizer, group: Group) -> Batch:
+        """One batch, decoded in this process."""
+        return next(batches(self, tokenizer, [group], 0))
 
 
-def batches(clips: ClipDataset, text: TranslationTokenizer, groups: Iterable[Group], workers: int) -> Iterator[Batch]:
-    """A batch for each group of clips, in order, decoded ahead by `workers` processes (0: here, when it is asked for)."""
-    ahead, size, limit = deque(), 0, clips.data.prefetch_mib * 2**20
-    arguments = (clips.shards.without_index(), clips.options)
-    with WorkerPool(workers, "flallm.data.decoding", decoder.start, arguments) if workers else nullcontext() as pool:
+def batches(
+    clips: ClipDataset, tokenizer: TranslationTokenizer, groups: Iterable[Group], workers: int
+) -> Iterator[Batch]:
+    """A batch for each group of clips, in order.
+
+    `workers` processes decode ahead. With 0, a batch is decoded in this process when it is due.
+    """
+    pool_context = nullcontext()
+    if workers:
+        arguments = (clips.shards.without_index(), clips.options)
+        pool_context = WorkerPool(workers, "flallm.data.decoding", decoding.init_worker, arguments)
+    pending: deque[PendingBatch] = deque()
+    pending_bytes, limit = 0, clips.data.prefetch_mib * 2**20
+    with pool_context as pool:
         try:
             for group in groups:
-                bytes_needed = int(clips.used[[n for _, n in group]].sum()) * clips.frame_bytes
-                while ahead and (size + bytes_needed > limit or len(ahead) == MAX_PREFETCH):
-                    size -= ahead[0].size
-                    yield ahead.popleft().batch(text)
-                ahead.append(PendingBatch(clips, group, pool))
-                size += bytes_needed
-            while ahead:
-                yield ahead.popleft().batch(text)
+                num_bytes = int(clips.used[[n for _, n in group]].sum()) * clips.frame_bytes
+                while pending and (
+                    pending_bytes + num_bytes > limit or len(pending) == MAX_PREFETCH
+                ):
+                    pending_bytes -= pending[0].num_bytes
+                    yield pending.popleft().batch(tokenizer)
+                pending.append(PendingBatch(clips, group, pool))
+                pending_bytes += num_bytes
+            while pending:
+                yield pending.popleft().batch(tokenizer)
         finally:
-            for unwanted in ahead:
+            for unwanted in pending:
                 os.close(unwanted.file)
 
 
 class PendingBatch:
-    """A batch under way: its memory, and the work on each of its clips."""
+    """A batch under way: its shared memory and the tasks of its clips."""
 
-    def __init__(self, clips: ClipDataset, group: Group, workers: WorkerPool | None):
+    def __init__(self, clips: ClipDataset, group: Group, pool: WorkerPool | None):
         self.clips, self.group = clips, group
         self.lengths = clips.used[[n for _, n in group]]
-        self.firsts = np.cumsum(self.lengths) - self.lengths
-        self.size = max(1, int(self.lengths.sum()) * clips.frame_bytes)
-        self.file = os.memfd_create("flallm-batch")  # no name: it is gone with the last process that has it
-        os.ftruncate(self.file, self.size)
-        memory = f"/proc/{os.getpid()}/fd/{self.file}"
-        self.results = [
-            workers.start(decoder.run, number, clips.shards.row(number), epoch, memory, int(first), int(length), timeout=TIMEOUT)
-            for (epoch, number), first, length in zip(group, self.firsts, self.lengths)
-            if workers
-        ]
+        self.firsts = np.cumsum(self.lengths) - self.lengths  # where each clip begins, in frames
+        self.num_bytes = int(self.lengths.sum()) * clips.frame_bytes
+        # A file without a name: it ends with the last process that has it open.
+        self.file = os.memfd_create("flallm-batch")
+        os.ftruncate(self.file, self.num_bytes)
+        self.results: list[Callable[[], LoadedClip]] = []  # empty without a pool
+        if pool:
+            self.results = [self._submit(pool, i) for i in range(len(group))]
 
-    def _result(self, i: int, frames: np.ndarray) -> tuple[str, str, str]:
-        """(key, text, cause why there is none) of the clip i."""
+    def _submit(self, pool: WorkerPool, i: int) -> Callable[[], LoadedClip]:
         epoch, number = self.group[i]
+        return pool.submit(
+            decoding.load_shared,
+            number,
+            self.clips.shards.row(number),
+            epoch,
+            f"/proc/{os.getpid()}/fd/{self.file}",
+            int(self.firsts[i]),
+            int(self.lengths[i]),
+            timeout=TIMEOUT,
+        )
+
+    def _load(self, i: int, frames: np.ndarray) -> LoadedClip:
+        """Clip i of the group. frames: (used frames, ...) its part of the shared memory."""
+        epoch, number = self.group[i]
+        shards = self.clips.shards
         if not self.results:
-            return decoder.load(self.clips.shards, self.clips.options, number, self.clips.shards.row(number), epoch, frames)
+            return decoding.load(
+                shards, self.clips.options, number, shards.row(number), epoch, frames
+            )
         try:
             return self.results[i]()
         except TaskFailed as cause:
-            return f"{self.clips.shards.split} sample {number}", "", f"cannot be decoded: {cause}"
+            key = f"{shards.split} sample {number}"
+            return LoadedClip(key, "", f"cannot be decoded: {cause}")
 
-    def batch(self, text: TranslationTokenizer) -> Batch:
-        memory = mmap.mmap(self.file, self.size)  # lives as long as a tensor of it
-        shape, dtype = self.clips.shape, self.clips.dtype
-        frames = np.frombuffer(memory, dtype, int(self.lengths.sum()) * int(np.prod(shape))).reshape(-1, *shape)
-        parts = np.split(frames, self.firsts[1:])
+    def batch(self, tokenizer: TranslationTokenizer) -> Batch:
+        """Waits for the clips and collects those that can be read."""
+        memory = mmap.mmap(self.file, self.num_bytes)  # lives as long as a tensor of it
+        frames = np.frombuffer(memory, self.clips.dtype).reshape(-1, *self.clips.shape)
+        clip_frames = np.split(frames, self.firsts[1:])
         good, keys, texts, labels, bad = [], [], [], [], []
-        for i, part in enumerate(parts):
-            key, said, cause = self._result(i, part)
-            try:
-                ids = [] if cause else text.encode(said)
-            except ValueError as error:
-                cause = str(error)
+        for i in range(len(self.group)):
+            clip = self._load(i, clip_frames[i])
+            cause = clip.cause
+            if not cause:
+                try:
+                    ids = tokenizer.encode(clip.text)
+                except ValueError as error:
+                    cause = str(error)
             if cause:
-                bad.append({"key": key, "cause": cause})
+                bad.append({"key": clip.key, "cause": cause})
                 continue
-            for values, value in zip((good, keys, texts, labels), (i, key, said, ids)):
-                values.append(value)
+            good.append(i)
+            keys.append(clip.key)
+            texts.append(clip.text)
+            labels.append(torch.tensor(ids))
         os.close(self.file)
-        lengths = self.lengths[good]
-        if not good:  # a rank must take part in the step all the same: two black frames, no label
-            frames, keys, texts, labels, lengths = np.zeros((2, *shape), dtype), [""], [""], [[IGNORE_INDEX]], np.array([2])
-        elif bad:
-            frames = np.concatenate([parts[i] for i in good])
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in labels], True, IGNORE_INDEX)
-        tensor = torch.from_numpy(frames)
-        return Batch(tensor.view(torch.bfloat16) if dtype == np.uint16 else tensor, torch.from_numpy(lengths).long(), padded, keys, texts, bad)
+        if not good:
+            return self._placeholder(bad)
+        if bad:
+            frames = np.concatenate([clip_frames[i] for i in good])
+        return Batch(
+            _as_tensor(frames),
+            torch.from_numpy(self.lengths[good]).long(),
+            pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            keys,
+            texts,
+            bad,
+        )
+
+    def _placeholder(self, bad: list[dict]) -> Batch:
+        """Two black frames without a label, for a batch of which no clip can be read."""
+        frames = np.zeros((2, *self.clips.shape), self.clips.dtype)
+        labels = torch.tensor([[IGNORE_INDEX]])
+        return Batch(_as_tensor(frames), torch.tensor([2]), labels, [""], [""], bad)
+
+
+def _as_tensor(frames: np.ndarray) -> torch.Tensor:
+    """The frames as a tensor that shares their memory. uint16 holds the bits of bf16."""
+    tensor = torch.from_numpy(frames)
+    return tensor.view(torch.bfloat16) if frames.dtype == np.uint16 else tensor

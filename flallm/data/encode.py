@@ -1,4 +1,4 @@
-"""`Clip` -> (mp4 bytes, the sample's JSON), in worker processes: a codec that crashes or hangs costs one clip, not the run."""
+"""Encodes clips as (mp4 bytes, the sample's JSON) in worker processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import av
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange
 
-from flallm.data.clips import Clip
+from flallm.data.clips import Clip, Media
 from flallm.data.color import BT601, FrameConverter, is_wide, range_of
 from flallm.data.resample import ROUNDING, resample
 from flallm.data.transforms import FRAME_STEP, NONREF_TAG, decode
@@ -29,11 +29,12 @@ TIMEOUT = 600  # seconds for one clip; a long one at 720p takes some
 class EncodeOptions:
     """How clips are encoded.
 
-    short_side: pixels; a smaller source is not enlarged. 256 is what the 224 crops are taken from.
+    short_side: pixels. A smaller source is not enlarged. Crops of 224 are taken from 256.
     fps: frames per second, or None to keep those of the source.
-    crf: x264's quality; 22 leaves fingers sharp at these sizes (about 52 dB on rendered 720p signing), 23 is x264's own default.
-    gop: frames between keyframes. Nothing seeks inside a clip, so a long one costs only little robustness.
-    per_shard: clips a shard; 500 of some 100 kB make files that parallel file systems like.
+    crf: x264's quality. 22 leaves fingers sharp at these sizes (about 52 dB on rendered signing at
+        720p); x264's own default is 23.
+    gop: frames between keyframes. Nothing seeks inside a clip, so a long one costs little.
+    per_shard: clips in a shard. 500 of about 100 kB make files that parallel file systems like.
     """
 
     short_side: int = 256
@@ -53,33 +54,47 @@ class EncodeOptions:
 
 
 def encode(clip: Clip, options: EncodeOptions) -> tuple[bytes, dict]:
-    """The clip as (mp4 bytes, the sample's JSON). Raises one of `BROKEN` for one that cannot be read."""
+    """The clip as (mp4 bytes, the sample's JSON).
+
+    Raises one of DECODE_ERRORS for a clip that cannot be read.
+    """
     video = _fitting_file(clip.media, options) or _encode_frames(clip.media, options)
     with open_video(video) as container:
         stream = video_stream(container)
-        frames = sum(1 for _ in container.decode(stream))
-        meta = {"key": clip.key, "text": clip.text, "gloss": clip.gloss, "signer": clip.signer, "num_frames": frames}
-        meta |= {"fps": round(float(stream.average_rate or 0), 3), "width": stream.width, "height": stream.height, "source": clip.media.source}
-    if not frames:
+        num_frames = sum(1 for _ in container.decode(stream))
+        meta = {
+            "key": clip.key,
+            "text": clip.text,
+            "gloss": clip.gloss,
+            "signer": clip.signer,
+            "num_frames": num_frames,
+            "fps": round(float(stream.average_rate or 0), 3),
+            "width": stream.width,
+            "height": stream.height,
+            "source": clip.media.source,
+        }
+    if not num_frames:
         raise ValueError("holds no frame")
     return video, {name: value for name, value in meta.items() if value is not None}
 
 
-def encode_all(clips: Iterable[Clip], options: EncodeOptions, processes: int) -> Iterator[tuple[bytes, dict] | str]:
-    """What `encode` gives for each clip, in order, or the cause why it gives nothing."""
+def encode_all(
+    clips: Iterable[Clip], options: EncodeOptions, processes: int
+) -> Iterator[tuple[bytes, dict] | str]:
+    """For each clip, in order, the result of `encode` or the cause why it has none."""
     with WorkerPool(processes, "flallm.data.encode") as workers:
-        waiting: deque[Callable] = deque()
+        pending: deque[Callable] = deque()
         for clip in clips:
-            waiting.append(workers.start(_encode_or_cause, clip, options, timeout=TIMEOUT))
-            if len(waiting) > 16 * processes:  # a bounded number of them under way
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
+            pending.append(workers.submit(_encode_or_cause, clip, options, timeout=TIMEOUT))
+            if len(pending) > 16 * processes:  # bounds the memory of results
+                yield _result(pending.popleft())
+        while pending:
+            yield _result(pending.popleft())
 
 
-def _result(result: Callable) -> tuple[bytes, dict] | str:
+def _result(task: Callable) -> tuple[bytes, dict] | str:
     try:
-        return result()
+        return task()
     except TaskFailed as cause:
         return f"cannot be decoded: {cause}"
 
@@ -91,15 +106,15 @@ def _encode_or_cause(clip: Clip, options: EncodeOptions) -> tuple[bytes, dict] |
         return f"cannot be decoded: {error}"
 
 
-def _fitting_file(media, options: EncodeOptions) -> bytes | None:
-    """The bytes of a file that is already what `_encode_frames` would aim for, else None."""
+def _fitting_file(media: Media, options: EncodeOptions) -> bytes | None:
+    """The bytes of a file that is already what `_encode_frames` makes, else None."""
     if not isinstance(media, VideoFile) or media.is_cut:
         return None
     with open_video(media.path) as container:
         if "mp4" not in container.format.name or not _fits(container, options):
             return None
-        marked = container.metadata.get(NONREF_TAG[0]) == NONREF_TAG[1]
-    if marked and not _every_4th_alone(media.path):
+        has_tag = container.metadata.get(NONREF_TAG[0]) == NONREF_TAG[1]
+    if has_tag and not _keeps_tag(media.path):
         return None
     if options.fps and not _has_rate(media, options.fps):
         return None
@@ -107,7 +122,7 @@ def _fitting_file(media, options: EncodeOptions) -> bytes | None:
 
 
 def _fits(container: av.container.InputContainer, options: EncodeOptions) -> bool:
-    """Whether a file holds nothing but H.264 of the right size, upright, in colours that shards may have."""
+    """Whether a file has one stream, H.264 of the right size, upright, in the colours of shards."""
     stream = video_stream(container)
     codec = stream.codec_context
     if len(container.streams) > 1 or codec.name != "h264" or codec.pix_fmt != "yuv420p":
@@ -125,11 +140,12 @@ def _has_rate(media: VideoFile, fps: float) -> bool:
     with open_video(media.path) as container:
         frames = container.decode(video_stream(container))
         times = [seconds for seconds, _ in with_seconds(container, frames, Fraction(fps))]
-    return all(abs(seconds - times[0] - i / fps) <= ROUNDING for i, seconds in enumerate(times))
+    errors = [abs(seconds - times[0] - i / fps) for i, seconds in enumerate(times)]
+    return max(errors, default=0) <= ROUNDING
 
 
-def _every_4th_alone(path: str) -> bool:
-    """Whether frames can be passed over as a file with the mark promises: one that other tools have made of ours may still have it."""
+def _keeps_tag(path: str) -> bool:
+    """Whether a file is as NONREF_TAG says. Tools that encode anew may copy the tag."""
     with open_video(path) as container:
         frames = sum(1 for _ in container.decode(video_stream(container)))
     try:
@@ -138,7 +154,7 @@ def _every_4th_alone(path: str) -> bool:
         return False
 
 
-def _encode_frames(media, options: EncodeOptions) -> bytes:
+def _encode_frames(media: Media, options: EncodeOptions) -> bytes:
     rate, timed_frames = media.frames()
     if options.fps:
         rate, frames = Fraction(options.fps), resample(timed_frames, options.fps)
@@ -153,7 +169,7 @@ def _encode_frames(media, options: EncodeOptions) -> bytes:
                 stream = _add_stream(container, frame, rate, options)
             frame = converter.to_shard_yuv(frame, stream.width, stream.height)
             frame.pts, frame.time_base = i, 1 / rate
-            frame.pict_type = PictureType.NONE  # the source's would be forced on the encoder
+            frame.pict_type = PictureType.NONE  # else the encoder takes the source's
             container.mux(stream.encode(frame))
         if stream is None:
             raise ValueError("holds no frame")
@@ -161,18 +177,40 @@ def _encode_frames(media, options: EncodeOptions) -> bytes:
     return output.getvalue()
 
 
-def _add_stream(container: av.container.OutputContainer, frame: av.VideoFrame, rate: Fraction, options: EncodeOptions) -> av.VideoStream:
-    """The stream of a clip whose first frame that is."""
+def _add_stream(
+    container: av.container.OutputContainer,
+    frame: av.VideoFrame,
+    rate: Fraction,
+    options: EncodeOptions,
+) -> av.VideoStream:
+    """The stream of a clip whose first frame is `frame`."""
     stream = container.add_stream("libx264", rate=rate)
     scale = min(1.0, options.short_side / min(frame.width, frame.height))
-    stream.width, stream.height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
+    stream.width = max(2, 2 * round(frame.width * scale / 2))
+    stream.height = max(2, 2 * round(frame.height * scale / 2))
     stream.pix_fmt = "yuv420p"
-    stream.codec_context.colorspace, stream.codec_context.color_range = BT601[1], ColorRange.MPEG
-    stream.thread_count = 1  # all cores are busy with other clips, and the bytes do not depend on their number
-    # Every 4th frame is a reference frame and the three between are not, so that a reader of T/4 frames
-    # (the paper's sub-sampling) can pass over the others without decoding them.
-    # With trellis, saturated colours of small patches are 4 levels off at most instead of 9, at the same size and speed.
-    # No mbtree: its AVX-512 code gives other bytes from run to run below 256 pixels (measured, x264 in PyAV 18.1).
-    x264 = f"keyint={options.gop}:scenecut=0:bframes={FRAME_STEP - 1}:b-adapt=0:b-pyramid=none:ref=1:mbtree=0:trellis=1"
-    stream.options = {"preset": "veryfast", "crf": str(options.crf), "x264-params": x264}
+    stream.codec_context.colorspace = BT601[1]
+    stream.codec_context.color_range = ColorRange.MPEG
+    stream.thread_count = 1  # other cores encode other clips; the bytes depend on the number
+    # Every 4th frame is a reference frame and the three between are not, so a reader of T/4 frames
+    # (the paper's sub-sampling) can skip them without decoding.
+    # With trellis, saturated colours of small patches are at most 4 levels off instead of 9, at the
+    # same size and speed.
+    # Without mbtree, because its AVX-512 code gives other bytes from run to run below 256 pixels
+    # (measured, x264 in PyAV 18.1).
+    x264 = [
+        f"keyint={options.gop}",
+        "scenecut=0",
+        f"bframes={FRAME_STEP - 1}",
+        "b-adapt=0",
+        "b-pyramid=none",
+        "ref=1",
+        "mbtree=0",
+        "trellis=1",
+    ]
+    stream.options = {
+        "preset": "veryfast",
+        "crf": str(options.crf),
+        "x264-params": ":".join(x264),
+    }
     return stream

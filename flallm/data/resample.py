@@ -10,16 +10,18 @@ ROUNDING = 1e-3  # seconds: Matroska states times in milliseconds
 
 
 class Resampler:
-    """Brings one clip to `fps`: frame k of the result is the one on screen k / fps seconds after the clip's first.
+    """Brings one clip to `fps`.
 
-    The last frame of the clip is shown as long as the one before it, a second at most.
+    Frame k of the result is on screen k / fps seconds after the first frame of the clip. The last
+    frame of the clip is shown as long as the one before it, a second at most.
     """
 
     def __init__(self, fps: float):
         self.fps = fps
         self.count = 0  # frames of the result so far
         self.first: float | None = None  # seconds
-        self.held: tuple[float, av.VideoFrame] | None = None  # until it is known how long it is shown
+        # (seconds, frame), held until the next frame tells how long it is shown.
+        self.held: tuple[float, av.VideoFrame] | None = None
         self.last_step = 0.0  # seconds between the last two frames
 
     def add(self, seconds: float, frame: av.VideoFrame) -> Iterator[av.VideoFrame]:
@@ -32,7 +34,10 @@ class Resampler:
         self.held = (seconds, frame)
 
     def finish(self) -> Iterator[av.VideoFrame]:
-        """Gives the rest of the result. What would be shown for less than a tenth of a frame's time is rounding."""
+        """Gives the rest of the result.
+
+        What would be shown for less than a tenth of a frame's time is a rounding error.
+        """
         if self.held is not None:
             shown = min(self.last_step, 1.0) or 1 / self.fps
             yield from self._until(self.held[0] + shown - 0.1 / self.fps)

@@ -1,7 +1,7 @@
-"""Bytes of a range of a file, wherever it lies: a disk, or any address that fsspec opens with range reads (https://, s3://, …).
+"""Byte ranges of files on a disk or at any address that fsspec opens (https://, s3://, ...).
 
-Reads are tried again when the other side fails, and can be kept in a local folder of limited size. Nothing here trusts what
-comes back: whoever asks has a checksum.
+Failed requests are retried, and ranges can be cached in a local folder of limited size. Nothing
+here checks the bytes: the caller has a checksum.
 """
 
 from __future__ import annotations
@@ -17,81 +17,93 @@ import fsspec
 
 from flallm.utils import UserError
 
-MAX_RETRIES, BACKOFF_S = 4, 0.5  # seconds, doubled each time
+MAX_RETRIES = 4
+BACKOFF_S = 0.5  # before the first retry, doubled each time
 FOLDERS = 256  # of a cache
 
 
 def absolute(root: str) -> str:
-    """A folder's path for use from any folder; an address such as s3://bucket/shards stays."""
+    """The absolute path of a folder. An address such as s3://bucket/shards is returned as it is."""
     return root if "://" in root else str(Path(root).expanduser().absolute())
 
 
 class Storage:
-    """Ranges of the files in one folder or under one address.
+    """Reads ranges of the files in a folder or at an address.
 
-    cache: a local folder that keeps what was read ("" for none), up to cache_gib; the oldest go first. Whole files are not kept:
-    what lies at an address may be made anew, and its index tells.
+    cache: a local folder for ranges that were read, "" for none. It holds up to `cache_gib`; the
+    oldest are evicted first. Whole files are not cached: they may be replaced at their address, and
+    only the index that is read tells.
+
+    Raises UserError for an address that cannot be opened.
     """
 
     def __init__(self, root: str, cache: str = "", cache_gib: float = 100.0):
         try:
             self.files, self.root = fsspec.core.url_to_fs(root)
-        except (ValueError, ImportError) as error:  # no such protocol, or its package is not there
+        except (ValueError, ImportError) as error:  # unknown protocol, or its package is missing
             raise UserError(f"{root} cannot be opened: {error}") from None
-        self.local = "file" in (self.files.protocol if isinstance(self.files.protocol, tuple) else (self.files.protocol,))
-        self.cache, self.folder_bytes = None if self.local or not cache else Path(cache), cache_gib * 2**30 / FOLDERS
+        protocols = self.files.protocol
+        if isinstance(protocols, str):
+            protocols = (protocols,)
+        self.local = "file" in protocols
+        self.cache = None if self.local or not cache else Path(cache)
+        self.folder_bytes = cache_gib * 2**30 / FOLDERS
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The bytes from start to stop. Raises FileNotFoundError, or OSError when all tries have failed."""
-        kept = self._kept(name, start, stop)
-        if kept:
-            try:
-                return kept.read_bytes()
-            except OSError:
-                pass
+        """The bytes from start to stop. Raises FileNotFoundError, or OSError after all tries."""
+        cached = self.cache_path(name, start, stop)
+        if cached is None:
+            return self._fetch(name, start, stop)
+        with contextlib.suppress(OSError):
+            return cached.read_bytes()
         content = self._fetch(name, start, stop)
-        if kept:
-            with contextlib.suppress(OSError):  # a full disk costs the cache, not the clip
-                self._keep(kept, content)
+        with contextlib.suppress(OSError):  # a full disk costs the cache, not the clip
+            self._write_to_cache(cached, content)
         return content
 
     def open(self, name: str) -> BinaryIO:
         """A file to read and seek in."""
         return self.files.open(f"{self.root}/{name}", "rb")
 
-    def forget(self, name: str, start: int, stop: int) -> bool:
-        """Drops a range from the cache, because it is not what it should be; whether it was there."""
-        kept = self._kept(name, start, stop)
-        if not kept or not kept.exists():
+    def cache_path(self, name: str, start: int, stop: int | None) -> Path | None:
+        """Where the cache holds a range. None without a cache and for a whole file."""
+        if self.cache is None or stop is None:
+            return None
+        address = f"{self.root}/{name}:{start}-{stop}"
+        digest = hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
+        return self.cache / digest[:2] / digest[2:]
+
+    def evict(self, name: str, start: int, stop: int) -> bool:
+        """Removes a corrupt range from the cache. Returns whether the cache held it."""
+        cached = self.cache_path(name, start, stop)
+        if cached is None or not cached.exists():
             return False
-        kept.unlink(missing_ok=True)
+        cached.unlink(missing_ok=True)
         return True
 
     def _fetch(self, name: str, start: int, stop: int | None) -> bytes:
         path = f"{self.root}/{name}"
         if self.local:
             with open(path, "rb") as file:
-                return os.pread(file.fileno(), (os.fstat(file.fileno()).st_size if stop is None else stop) - start, start)
-        wait = BACKOFF_S
+                if stop is None:
+                    stop = os.fstat(file.fileno()).st_size
+                return os.pread(file.fileno(), stop - start, start)
         for attempt in range(MAX_RETRIES):
             try:
                 return self.files.cat_file(path, start=start or None, end=stop)
             except (FileNotFoundError, PermissionError):
                 raise
-            except Exception as error:  # each protocol has its own
+            except Exception as error:  # each protocol has its own types
+                cause = f"{type(error).__name__}: {error}"
                 if attempt == MAX_RETRIES - 1:
-                    raise OSError(f"{path} cannot be read after {MAX_RETRIES} tries: {type(error).__name__}: {error}") from None
-            time.sleep(wait)
-            wait *= 2
+                    raise OSError(
+                        f"{path} cannot be read after {MAX_RETRIES} tries: {cause}"
+                    ) from None
+            time.sleep(BACKOFF_S * 2**attempt)
         raise AssertionError
 
-    def _kept(self, name: str, start: int, stop: int | None) -> Path | None:
-        if self.cache is None or stop is None:
-            return None
-        digest = hashlib.blake2b(f"{self.root}/{name}:{start}-{stop}".encode(), digest_size=16).hexdigest()
-        return self.cache / digest[:2] / digest[2:]
-
-    def _keep(self, path: Path, content: bytes) -> None:
+    def _write_to_cache(self, path: Path, content: bytes) -> None:
+        """Writes a range, then evicts the oldest files of its folder that are over the limit."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -102,13 +114,12 @@ class Storage:
             raise
         files = []
         for file in path.parent.iterdir():
-            try:
-                files.append((file.stat().st_mtime, file.stat().st_size, file))
-            except FileNotFoundError:  # another worker was quicker
-                continue
-        size = sum(s for _, s, _ in files)
-        for _, s, file in sorted(files):
-            if size <= self.folder_bytes:
+            with contextlib.suppress(FileNotFoundError):  # another worker has evicted it
+                stat = file.stat()
+                files.append((stat.st_mtime, stat.st_size, file))
+        total = sum(size for _, size, _ in files)
+        for _, size, file in sorted(files):
+            if total <= self.folder_bytes:
                 break
             file.unlink(missing_ok=True)
-            size -= s
+            total -= size

@@ -11,20 +11,22 @@ from flallm.utils import UserError
 
 
 def require_path(path: str | Path, what: str) -> Path:
-    """The path, or a `UserError` that says what was looked for."""
+    """The path. Raises UserError where it does not exist. what: what was expected there."""
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist: {what}")
     return Path(path)
 
 
 def safe_join(root: str | Path, name: str) -> Path | None:
-    """`name` under `root`; None where it is empty or would lead out of there."""
+    """`name` under `root`; None where it is empty or leads out of `root`."""
     path = PurePath(name)
-    return None if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name else Path(root, path)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        return None
+    return Path(root, path)
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a table. Raises UserError where there is none."""
+    """The text of a file. Raises UserError where it cannot be read."""
     try:
         return require_path(path, what).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -34,8 +36,13 @@ def read_text(path: Path, what: str) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def read_table(path: Path, what: str, separator: str, header: list[str], split: str = "") -> Iterator[dict[str, str] | SkippedClip]:
-    """The rows of a table without quoting, where a `"` is a `"`; a row with fewer or more fields is left out."""
+def read_table(
+    path: Path, what: str, separator: str, header: list[str], split: str = ""
+) -> Iterator[dict[str, str] | SkippedClip]:
+    """The rows of a table without quoting, where a `"` is a `"`.
+
+    A row with fewer or more fields than the header is a SkippedClip.
+    """
     lines = read_text(path, what).replace("\r\n", "\n").split("\n")
     if lines[0].split(separator) != header:
         raise UserError(f"{path}: the header is not {separator.join(header)!r}")
@@ -44,4 +51,5 @@ def read_table(path: Path, what: str, separator: str, header: list[str], split: 
         if len(row) == len(header):
             yield dict(zip(header, row))
         elif line.strip():
-            yield SkippedClip(f"line {number}", split, f"{path}:{number}", f"has {len(row)} fields, not {len(header)}")
+            cause = f"has {len(row)} fields, not {len(header)}"
+            yield SkippedClip(f"line {number}", split, f"{path}:{number}", cause)

@@ -15,8 +15,9 @@ from flallm.utils import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_POSITIONS = 1024  # positions of Light-T, and of mBART
-PART_OF_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what tokens of bytes decode to before the last byte of a character is there
+MAX_POSITIONS = 1024  # of Light-T, and of mBART
+# What tokens of bytes decode to until the last byte of a character comes.
+PART_OF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -27,28 +28,41 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub.options(path))
     except (OSError, ValueError) as error:
         raise hub.cannot_load("tokenizer", path, error) from None
-    if len({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}) < 2:  # transformers makes an empty one where the files are missing
-        raise UserError(f"llm.path: {path} lacks the file of its tokenizer's vocabulary, such as tokenizer.json")
-    if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer.decoder, "cleanup", False):  # BERT's: a clean-up inside the tokenizers library
-        tokenizer.backend_tokenizer.decoder.cleanup = False
+    # Where the files are missing, transformers makes an empty tokenizer.
+    if len({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}) < 2:
+        raise UserError(
+            f"llm.path: {path} lacks the file of its tokenizer's vocabulary, such as tokenizer.json"
+        )
+    # BERT's decoder cleans up inside the tokenizers library.
+    decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
+    if getattr(decoder, "cleanup", False):
+        decoder.cleanup = False
     return tokenizer
 
 
 class TranslationTokenizer:
-    """A Hugging Face tokenizer with what a decoder needs: what it starts from, where it ends, what is padding.
+    """A Hugging Face tokenizer with what a decoder needs.
 
-    start: the tokens before a sentence. mBART starts from the code of its language, mBART-50 from </s> and that code, T5 from
-    its padding; decoder-only models need no such token, theirs is what Light-T starts from in stage 1.
-    before, after: the tokens of `llm.prompt` around the features.
-    rows: embeddings of the language model. A tokenizer may have more tokens, as LLaMA's with a [PAD] that was added to it alone.
+    start: ids before a sentence. mBART starts from the code of its language, mBART-50 from </s> and
+        that code, T5 from its padding. Decoder-only models need none; Light-T starts from theirs in
+        stage 1.
+    end, pad: ids of the end of a sentence and of padding.
+    before, after: ids of `llm.prompt` around the features.
+    longest: the most tokens, or features, that the language model takes.
+    rows: embeddings of the language model. A tokenizer may have more tokens, such as LLaMA's with a
+        [PAD] that was added to it alone.
     """
 
     def __init__(self, llm: LLM):
         from transformers import AutoConfig
 
         local = Path(llm.path)
-        if (local.is_absolute() or llm.path.startswith(".") or len(local.parts) > 2) and not local.is_dir():
-            raise UserError(f"llm.path: {llm.path} is no folder: put a pre-trained model there or name one of the hub")
+        names_folder = local.is_absolute() or llm.path.startswith(".") or len(local.parts) > 2
+        if names_folder and not local.is_dir():
+            raise UserError(
+                f"llm.path: {llm.path} is no folder: put a pre-trained model there or name one of "
+                "the hub"
+            )
         self.tokenizer = load_tokenizer(llm.path)
         try:
             self.config = AutoConfig.from_pretrained(llm.path, **hub.options(llm.path))
@@ -57,42 +71,76 @@ class TranslationTokenizer:
         self.rows = getattr(self.config.get_text_config(), "vocab_size", len(self.tokenizer))
         self.end = self.tokenizer.eos_token_id
         if self.end is None:
-            raise UserError(f"llm.path: the tokenizer of {llm.path} has no end-of-sentence token (eos_token)")
-        # LLaMA and others have no padding token, or one without a row. Any will do: no attention and no loss is computed over padding.
+            raise UserError(
+                f"llm.path: the tokenizer of {llm.path} has no end-of-sentence token (eos_token)"
+            )
+        # LLaMA and others have no padding token, or one without a row. Any id will do, because
+        # neither attention nor the loss reads padding.
         pad = self.tokenizer.pad_token_id
         self.pad = pad if pad is not None and pad < self.rows else self.end
         self.start = self._start(llm)
         self._check_rows("llm.path", [self.end, *self.start])
-        self.longest = min(MAX_POSITIONS, getattr(self.config, "max_position_embeddings", MAX_POSITIONS)) - len(self.start)  # tokens, or features
-        before, after = ([] if not part else self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in llm.prompt.split(VIDEO_PLACEHOLDER))
-        if not self.config.is_encoder_decoder and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id] != before[:1]:
-            before = [self.tokenizer.bos_token_id, *before]  # what LLaMA's tokenizer puts before every text
-        self._check_rows("llm.prompt", [*before, *after])
-        self.before, self.after = before, after
+        max_positions = getattr(self.config, "max_position_embeddings", MAX_POSITIONS)
+        self.longest = min(MAX_POSITIONS, max_positions) - len(self.start)
+        self.before, self.after = self._prompt(llm.prompt)
+        self._check_rows("llm.prompt", [*self.before, *self.after])
 
     def _start(self, llm: LLM) -> list[int]:
-        codes = self._languages()
+        codes = self._language_codes()
+        names = ", ".join(sorted(codes))
         if llm.language and not codes:
-            raise UserError(f"llm.language: {llm.path} has no language codes, so {llm.language!r} is none: leave it out with --llm.language=none")
+            raise UserError(
+                f"llm.language: {llm.path} has no language codes, so {llm.language!r} is none: "
+                "leave it out with --llm.language=none"
+            )
         if llm.language and llm.language not in codes:
-            raise UserError(f"llm.language: {llm.language!r} is no language code of {llm.path}, which has {', '.join(sorted(codes))}")
+            raise UserError(
+                f"llm.language: {llm.language!r} is no language code of {llm.path}, which has "
+                f"{names}"
+            )
         if not self.config.is_encoder_decoder:
-            return [self.end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id]
+            bos = self.tokenizer.bos_token_id
+            return [self.end if bos is None else bos]
         default = getattr(self.config, "decoder_start_token_id", None)
         if llm.language:
-            return [self.end, codes[llm.language]] if default == self.end else [codes[llm.language]]
+            code = codes[llm.language]
+            return [self.end, code] if default == self.end else [code]
         if codes and default in (None, self.end):
-            raise UserError(f"llm.language: {llm.path} answers after the code of a language: name one of {', '.join(sorted(codes))}")
+            raise UserError(
+                f"llm.language: {llm.path} answers after the code of a language: name one of "
+                f"{names}"
+            )
         if default is None:
-            raise UserError(f"llm.path: the config.json of {llm.path} has no decoder_start_token_id, the token that an answer starts from")
+            raise UserError(
+                f"llm.path: the config.json of {llm.path} has no decoder_start_token_id, the token "
+                "that an answer starts from"
+            )
         return [default]
 
-    def _languages(self) -> dict[str, int]:
-        """The language codes of a multilingual mBART, as de_DE, with their ids: its special tokens that are no marks such as <mask>."""
+    def _language_codes(self) -> dict[str, int]:
+        """The ids of the language codes of a multilingual mBART, such as de_DE."""
         if self.config.model_type != "mbart":
             return {}
-        ids = zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids)
-        return {token: i for token, i in ids if re.fullmatch(r"\w+", token) and i < self.rows}
+        codes = {}
+        for token, i in zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids):
+            is_code = re.fullmatch(r"\w+", token)  # and no mark such as <mask>
+            if is_code and i < self.rows:
+                codes[token] = i
+        return codes
+
+    def _prompt(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The ids before and after the features."""
+        before, after = [], []
+        text_before, text_after = prompt.split(VIDEO_PLACEHOLDER)
+        if text_before:
+            before = self.tokenizer(text_before, add_special_tokens=False)["input_ids"]
+        if text_after:
+            after = self.tokenizer(text_after, add_special_tokens=False)["input_ids"]
+        bos = [self.tokenizer.bos_token_id]
+        if self.config.is_encoder_decoder or before[:1] == bos:
+            return before, after
+        puts_bos = self.tokenizer("")["input_ids"] == bos  # before every text, as LLaMA's does
+        return [*bos, *before] if puts_bos else before, after
 
     @cached_property
     def without_row(self) -> list[str]:
@@ -107,39 +155,59 @@ class TranslationTokenizer:
     def refusal(self, i: int) -> str:
         """Why a token that has no embedding is refused."""
         token = self.tokenizer.convert_ids_to_tokens(i)
-        return f"the token {token!r} has the id {i}, and the language model has {self.rows} embeddings"
+        return (
+            f"the token {token!r} has the id {i}, and the language model has {self.rows} embeddings"
+        )
 
     @cached_property
-    def _special(self) -> set[int]:
-        return {*self.tokenizer.all_special_ids, *self.start, self.pad, *range(self.rows, len(self.tokenizer))}
+    def _special_ids(self) -> set[int]:
+        without_row = range(self.rows, len(self.tokenizer))
+        return {*self.tokenizer.all_special_ids, *self.start, self.pad, *without_row}
 
     def __len__(self) -> int:
         return len(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the end token, without the start token. Raises ValueError where a model has no places for so many, or no embedding of one."""
+        """The ids of a text, with the end token, without the start tokens.
+
+        Raises ValueError where the language model takes fewer tokens or has no embedding of one.
+        """
         ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
         if len(ids) > self.longest:
-            raise ValueError(f"its text has {len(ids)} tokens, and {self.longest} is what the language model takes")
+            raise ValueError(
+                f"its text has {len(ids)} tokens, and {self.longest} is what the language model "
+                "takes"
+            )
         if max(ids) >= self.rows:
             raise ValueError(f"its text cannot be read: {self.refusal(max(ids))}")
         return ids
 
     def words(self, ids: list[int]) -> list[tuple[str, list[int]]]:
-        """The words of an encoded text, each with the places of its tokens; where words have no spaces between them, as in Chinese, what a token adds."""
-        words, said, first = [], "", 0
-        for i in range(len(ids) - 1):  # the last one is the end
+        """(word, positions of its tokens) for each word of an encoded text.
+
+        In a script without spaces, such as Chinese, a word is what one token adds.
+        """
+        words: list[tuple[str, list[int]]] = []
+        decoded, first = "", 0  # the text so far, and the first token after it
+        last = len(ids) - 2  # before the end token
+        for i in range(last + 1):
             longer = self.decode(ids[: i + 1])
-            if longer.endswith(PART_OF_CHARACTER) and i < len(ids) - 2:
+            if longer.endswith(PART_OF_CHARACTER) and i < last:
                 continue
-            piece, places, said, first = longer[len(said) :], list(range(first, i + 1)), longer, i + 1
-            if words and not piece.startswith(" ") and east_asian_width(piece[:1] or " ") not in "WF":
-                words[-1] = (words[-1][0] + piece, [*words[-1][1], *places])
+            piece, positions = longer[len(decoded) :], list(range(first, i + 1))
+            decoded, first = longer, i + 1
+            is_wide = east_asian_width(piece[:1] or " ") in "WF"
+            if words and not piece.startswith(" ") and not is_wide:
+                word, earlier = words[-1]
+                words[-1] = (word + piece, earlier + positions)
             else:
-                words.append((piece.strip(), places))
+                words.append((piece.strip(), positions))
         return words
 
     def decode(self, ids) -> str:
-        # Not skip_special_tokens: with it the language code can stay glued to the text of mBART's tokenizer.
-        # Without the tokenizer's clean-up, which takes spaces before punctuation out of what is scored as raw text, and makes "don't" of "do not".
-        return self.tokenizer.decode([i for i in map(int, ids) if i not in self._special], clean_up_tokenization_spaces=False).strip()
+        """The text of ids, without special tokens."""
+        # skip_special_tokens leaves the language code glued to the text of mBART's tokenizer.
+        # The tokenizer's clean-up removes spaces before punctuation and makes "don't" of "do not",
+        # but scores need the raw text.
+        ids = [i for i in map(int, ids) if i not in self._special_ids]
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()

@@ -1,4 +1,4 @@
-"""Worker processes for code that may crash or hang, as codecs do: that costs one task, not the run."""
+"""Worker processes for code that may crash or hang, such as codecs: a task is lost, not the run."""
 
 from __future__ import annotations
 
@@ -11,79 +11,108 @@ from itertools import count
 
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
 
-MAX_TIMEOUTS, MAX_CRASHES = 2, 3  # after so many a task is given up: what stalled or killed it from outside spares the next try
-MAX_RESTARTS = 9  # pools in a row that die before they have done anything; then it is not the tasks that are at fault
-CONSTS.channel_lock_timeout = 10  # seconds, of 60: a worker killed with the lock in hand stops the others for twice as long
+# A task fails after so many tries. What stalls or kills a worker from outside spares the next try.
+MAX_TIMEOUTS, MAX_CRASHES = 2, 3
+# Pools that die in a row before any task is done. Then the fault is not in the tasks.
+MAX_RESTARTS = 9
+# Seconds; pebble's default is 60. A worker killed while it holds the channel's lock stops the
+# others for twice this time.
+CONSTS.channel_lock_timeout = 10
 
 
 class TaskFailed(Exception):
-    """A task that hung or lost its worker again and again; the message is the cause."""
+    """A task that timed out or lost its worker too often. The message is the cause."""
 
 
 class WorkerPool:
-    """A context: `processes` of them, born of a small process that has imported `module` and knows neither models nor threads."""
+    """A context manager of worker processes.
 
-    def __init__(self, processes: int, module: str, initializer: Callable | None = None, initargs: tuple = ()):
+    Workers are forked from a small server process that has imported `module` and holds no model
+    and no thread. Each begins with initializer(*initargs).
+    """
+
+    def __init__(
+        self,
+        processes: int,
+        module: str,
+        initializer: Callable | None = None,
+        initargs: tuple = (),
+    ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module])
-        self._new_pool = lambda: ProcessPool(processes, initializer=_begin, initargs=(initializer, initargs), context=context)
-        self._pool, self._broken = self._new_pool(), 0
+        self._new_pool = lambda: ProcessPool(
+            processes,
+            initializer=_init_worker,
+            initargs=(initializer, initargs),
+            context=context,
+        )
+        self._pool = self._new_pool()
+        self._restarts = 0  # since the last task that was done
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.stop()  # without waiting for what nobody wants any more
+        self._pool.stop()  # does not wait for tasks that are under way
         self._pool.join()
 
-    def start(self, function: Callable, *args, timeout: float) -> Callable:
-        """Begins a task of at most `timeout` seconds. What comes back waits for its result, or raises `Lost`."""
-        begun = self._schedule(function, args, timeout)
+    def submit(self, function: Callable, *args, timeout: float) -> Callable:
+        """Begins function(*args), with `timeout` seconds for each try.
+
+        Returns a function that waits for the result and returns it, or raises TaskFailed.
+        """
+        first_try = self._schedule(function, args, timeout)
 
         def result():
-            pool, future = begun
+            pool, future = first_try
             for attempt in count(1):
                 try:
                     value = _wait(pool, future)
-                    self._broken = 0
+                    self._restarts = 0
                     return value
                 except TimeoutError:
-                    cause, enough = f"not done after {timeout} s", MAX_TIMEOUTS
+                    cause, limit = f"not done after {timeout} s", MAX_TIMEOUTS
                 except ProcessExpired as death:
-                    cause, enough = f"its worker process died (exit code {death.exitcode})", MAX_CRASHES
+                    cause = f"its worker process died (exit code {death.exitcode})"
+                    limit = MAX_CRASHES
                 except BrokenProcessPool:
-                    cause, enough = "its worker process died", MAX_CRASHES
-                if attempt == enough:
+                    cause, limit = "its worker process died", MAX_CRASHES
+                if attempt == limit:
                     raise TaskFailed(cause)
                 pool, future = self._schedule(function, args, timeout)
 
         return result
 
-    def _schedule(self, function: Callable, args: tuple, timeout: float) -> tuple[ProcessPool, ProcessFuture]:
-        if not self._pool.active:  # a worker that dies while all are idle takes the pool with it
-            self._broken += 1
-            if self._broken == MAX_RESTARTS:
+    def _schedule(
+        self, function: Callable, args: tuple, timeout: float
+    ) -> tuple[ProcessPool, ProcessFuture]:
+        if not self._pool.active:  # an idle worker that dies takes the pool with it
+            self._restarts += 1
+            if self._restarts == MAX_RESTARTS:
                 raise RuntimeError("worker processes die as soon as they are started")
             self.__exit__()
             self._pool = self._new_pool()
-        return self._pool, self._pool.schedule(_run, args=(function, args, timeout), timeout=timeout)
+        future = self._pool.schedule(_run, args=(function, args, timeout), timeout=timeout)
+        return self._pool, future
 
 
 def _wait(pool: ProcessPool, future: ProcessFuture):
+    """The result of a task. Raises BrokenProcessPool when its pool dies."""
     while not wait([future], timeout=1).done:
-        if not pool.active:  # it does not always tell those who wait
+        if not pool.active:  # a dead pool does not always end its futures
             raise BrokenProcessPool
     return future.result()
 
 
-def _begin(initializer: Callable | None, initargs: tuple) -> None:
-    """What every process begins with; here, so that it has imported this module and what is set above."""
+def _init_worker(initializer: Callable | None, initargs: tuple) -> None:
+    """Begins a worker. Unpickling this function imports this module, which sets CONSTS."""
     if initializer:
         initializer(*initargs)
 
 
 def _run(function: Callable, args: tuple, timeout: float):
-    signal.alarm(int(timeout) + 5)  # ends this process even inside a codec, should there be nobody left to do it
+    # The alarm ends this process even inside a codec, and even when the trainer is dead.
+    signal.alarm(int(timeout) + 5)
     try:
         return function(*args)
     finally:

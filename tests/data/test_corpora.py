@@ -19,7 +19,8 @@ import pytest
 from flallm.data.clips import MISSING, Clip, SkippedClip
 from flallm.data.corpora import csl_daily, how2sign, labels, manifest, phoenix14t, synthetic
 from flallm.data.encode import EncodeOptions, encode
-from flallm.data.video import ImageFiles, VideoFile
+from flallm.data.images import ImageFiles
+from flallm.data.video import VideoFile
 from flallm.utils import UserError
 
 

@@ -160,15 +160,15 @@ def test_killed_workers_lose_nothing(clips):
 def test_a_clip_that_crashes_or_hangs_its_worker_is_left_out_and_named(clips, monkeypatch):
     dev = clips("dev")
     whole = list(batches(dev, groups(dev, 1), 0))
-    monkeypatch.setattr(loader, "decoder", hostile_decoder)
+    monkeypatch.setattr(loader, "decoding", hostile_decoder)
     monkeypatch.setattr(loader, "TIMEOUT", 1)
     came = list(batches(dev, groups(dev, 1), 2))
     bad = [(n, row) for n, batch in enumerate(came) for row in batch.bad]
     assert bad == [
         (hostile_decoder.CRASHES, {"key": "dev sample 1", "cause": "cannot be decoded: its worker process died (exit code -11)"}),
-        (hostile_decoder.MAX_TIMEOUTS, {"key": "dev sample 4", "cause": "cannot be decoded: not done after 1 s"}),
+        (hostile_decoder.HANGS, {"key": "dev sample 4", "cause": "cannot be decoded: not done after 1 s"}),
     ]
-    good = [n for n in range(len(whole)) if n not in (hostile_decoder.CRASHES, hostile_decoder.MAX_TIMEOUTS)]
+    good = [n for n in range(len(whole)) if n not in (hostile_decoder.CRASHES, hostile_decoder.HANGS)]
     assert_equal([came[n] for n in good], [whole[n] for n in good])
 
 
@@ -234,8 +234,8 @@ def test_four_ranks_see_disjoint_clips_and_together_all(clips):
 
 
 def endless_loader(clips: ClipDataset, out) -> None:
-    loader.decoder, loader.TIMEOUT = hostile_decoder, 5
-    for _ in batches(clips, ([(epoch, n)] for epoch in range(10**6) for n in (0, 2, 3, hostile_decoder.MAX_TIMEOUTS)), 2):
+    loader.decoding, loader.TIMEOUT = hostile_decoder, 5
+    for _ in batches(clips, ([(epoch, n)] for epoch in range(10**6) for n in (0, 2, 3, hostile_decoder.HANGS)), 2):
         out.put(True)
 
 
@@ -310,4 +310,4 @@ def test_workers_that_die_as_soon_as_they_are_started_are_an_error_and_no_end_of
     with workers.WorkerPool(1, "flallm.data.decoding", os._exit, (1,)) as pool, pytest.raises(RuntimeError, match="die as soon as they are started"):
         for _ in range(4):
             with suppress(workers.TaskFailed):
-                pool.start(int, timeout=9)()
+                pool.submit(int, timeout=9)()

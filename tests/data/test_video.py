@@ -18,9 +18,10 @@ from flallm import config as cfg
 from flallm.data.clips import Clip
 from flallm.data.color import FrameConverter
 from flallm.data.encode import EncodeOptions, encode
+from flallm.data.images import ImageFiles
 from flallm.data.reader import Shards
 from flallm.data.transforms import decode
-from flallm.data.video import ImageFiles, VideoFile
+from flallm.data.video import VideoFile
 from flallm.inference import translate
 
 GREYS = [(17 * i,) * 3 for i in range(16)]

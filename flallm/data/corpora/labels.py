@@ -1,11 +1,15 @@
-"""`labels.{train,dev,test}` of GFSLT-VLP and its descendants: a pickle, gzipped or not, of {"<split>/<name>": {name, gloss, text, length,
-imgs_path}}, or in another family a list of such dicts. Images lie under a root; without `imgs_path` they are all of `<root>/<name>/`.
-Uni-Sign has a `video_path` in its place. A path of images can name a video file or a folder of images, too.
+"""`labels.{train,dev,test}` of GFSLT-VLP and its descendants.
 
-A clip's key is its whole name. PHOENIX14T's names begin with their split ("dev/11August_2010"): where all names of a file do, the split
-is left out of the keys, which are then those of the official tree.
+Such a file is a pickle, gzipped or not, of {"<split>/<name>": {name, gloss, text, length,
+imgs_path}}, or in another family a list of such dicts. Images lie under a root. Without `imgs_path`
+they are all of `<root>/<name>/`. Uni-Sign has a `video_path` in its place. A path may name a video
+file or a folder of images, too.
 
-A pickle is a program. This reader resolves no name at all, so one that would call anything is refused before it does.
+A clip's key is its whole name. PHOENIX14T's names begin with their split ("dev/11August_2010").
+Where all names of a file do, the split is left out of the keys, which are then those of the
+official tree.
+
+A pickle is a program. This reader resolves no name, so it refuses a pickle that calls anything.
 """
 
 from __future__ import annotations
@@ -16,22 +20,31 @@ import os
 import pickle
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from flallm.data.clips import MISSING, Clip, Media, SkippedClip, clip, require_any
+from flallm.data.images import ImageFiles, is_image
 from flallm.data.rows import split_name
 from flallm.data.tables import require_path, safe_join
-from flallm.data.video import ImageFiles, VideoFile, is_image
+from flallm.data.video import VideoFile
 from flallm.utils import UserError, is_hidden, visible_files
 
 MAX_BYTES = 1 << 31  # unpacked; the labels of 30,000 clips with a path an image take 0.3 GB
 
 
-class _PlainUnpickler(pickle._Unpickler):  # the one in Python: the one in C sets aside as much memory as the file says
-    """Dicts, lists, strings and numbers only. Tuples become lists: hashing tuples of tuples of tuples … would take for ever."""
+# The Python class, because the C class allocates as much memory as the file says.
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, strings and numbers only.
+
+    Tuples become lists: hashing tuples of tuples of tuples would take for ever.
+    """
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.100}, and nothing in a label file is ever run")
+        asked = repr(f"{module}.{name}")
+        raise pickle.UnpicklingError(
+            f"it asks for {asked:.100}, and nothing in a label file is ever run"
+        )
 
     def _load_short_tuple(self, size: int) -> None:
         self.stack[-size:] = [self.stack[-size:]]
@@ -47,12 +60,12 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in Python: the one in C set
 
 
 def read_plain_pickle(path: Path):
-    """What a pickle of plain values holds, gzipped or not. Raises UserError for anything else."""
+    """The plain values of a pickle, gzipped or not. Raises UserError for anything else."""
     require_path(path, "a pickle of labels was expected there")
     try:
         with open(path, "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if zipped else open)(path, "rb") as file:
+            is_gzipped = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if is_gzipped else open)(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"it unpacks to more than {MAX_BYTES >> 30} GiB")
@@ -62,42 +75,48 @@ def read_plain_pickle(path: Path):
 
 
 def strings(value) -> tuple[str, ...]:
-    """A list of strings, or one string's words. Raises TypeError for anything else."""
-    value = value.split() if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+    """A list of strings, or the words of one string. Raises TypeError for anything else."""
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise TypeError("not a list of strings")
     return tuple(value)
 
 
 def clips(folder: Path, root: Path) -> Iterator[Clip | SkippedClip]:
-    """The clips of every labels.<split> in `folder`, their images under `root`."""
-    files = [path for path in visible_files(require_path(folder, "the folder of labels.train"), "labels.*") if split_name(path.suffix[1:])]
+    """The clips of every labels.<split> in `folder`, with their images under `root`."""
+    require_path(folder, "the folder of labels.train")
+    files = [path for path in visible_files(folder, "labels.*") if split_name(path.suffix[1:])]
     if not files:
         raise UserError(f"{folder} holds none of labels.train, labels.dev, labels.test")
     require_path(root, "the folder of the images was expected there")
-    return require_any((one for path in files for one in _rows(path, root)), "are the images under another --root?")
+    rows = chain.from_iterable(_rows(path, root) for path in files)
+    return require_any(rows, "are the images under another --root?")
 
 
 def _rows(path: Path, root: Path) -> Iterator[Clip | SkippedClip]:
     table, split = read_plain_pickle(path), path.suffix[1:]
     if not isinstance(table, dict | list):
-        raise UserError(f"{path}: neither a dict nor a list of clips but a {type(table).__name__}")
+        kind = type(table).__name__
+        raise UserError(f"{path}: neither a dict nor a list of clips but a {kind}")
     rows = list(table.values() if isinstance(table, dict) else table)
     prefix = _common_prefix(rows, f"{split}/")
     for number, row in enumerate(rows, 1):
         try:
             name, text, gloss = "" + row["name"], "" + row["text"], row.get("gloss")
             gloss = None if gloss is None else " ".join(strings(gloss))
-            names = _paths(row)
+            names = _media_names(row)
         except (TypeError, KeyError, AttributeError):
-            yield SkippedClip(f"clip {number}", split, str(path), "is no clip of {name, text, gloss, imgs_path or video_path}")
+            cause = "is no clip of {name, text, gloss, imgs_path or video_path}"
+            yield SkippedClip(f"clip {number}", split, str(path), cause)
             continue
-        paths = [safe_join(root, x) for x in names]
+        paths = [safe_join(root, media_name) for media_name in names]
         key = name.removeprefix(prefix)
         if not paths:
             yield SkippedClip(key, split, str(path), "names no image")
         elif None in paths:
-            yield SkippedClip(key, split, str(path), "a path in it is empty or leads out of the folder of images")
+            cause = "a path in it is empty or leads out of the folder of images"
+            yield SkippedClip(key, split, str(path), cause)
         elif not os.path.exists(paths[0]):
             yield SkippedClip(key, split, str(paths[0]), MISSING)
         else:
@@ -105,22 +124,31 @@ def _rows(path: Path, root: Path) -> Iterator[Clip | SkippedClip]:
 
 
 def _common_prefix(rows: list, prefix: str) -> str:
-    """The prefix where all names begin with it, else nothing."""
-    names = [row["name"] for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)]
-    return prefix if all(name.startswith(prefix) for name in names) else ""
+    """The prefix where all names begin with it, else ""."""
+    for row in rows:
+        name = row.get("name") if isinstance(row, dict) else None
+        if isinstance(name, str) and not name.startswith(prefix):
+            return ""
+    return prefix
 
 
-def _paths(row: dict) -> tuple[str, ...]:
-    """The images, the video or the folder that a row names. Raises TypeError where it names them by no string."""
-    paths = next((row[field] for field in ("imgs_path", "video_path") if field in row), row["name"])
-    if isinstance(paths, str):
-        return (paths,)
-    return tuple(path for path in strings(paths) if not is_hidden(os.path.basename(path)))
+def _media_names(row: dict) -> tuple[str, ...]:
+    """The images, the video or the folder that a row names. Raises TypeError for no strings."""
+    if "imgs_path" in row:
+        names = row["imgs_path"]
+    elif "video_path" in row:
+        names = row["video_path"]
+    else:
+        names = row["name"]
+    if isinstance(names, str):
+        return (names,)
+    return tuple(name for name in strings(names) if not is_hidden(os.path.basename(name)))
 
 
 def _media(root: Path, names: tuple[str, ...]) -> Media:
-    """Images, or what a single path names: a folder of images or a video file."""
+    """Images, or the folder of images or the video file that a single name is about."""
     path = root / names[0]
-    if len(names) > 1 or (is_image(names[0]) and not path.is_dir()):
+    is_folder = path.is_dir()
+    if len(names) > 1 or (is_image(names[0]) and not is_folder):
         return ImageFiles(str(root), names)
-    return ImageFiles(str(path)) if path.is_dir() else VideoFile(str(path))
+    return ImageFiles(str(path)) if is_folder else VideoFile(str(path))
