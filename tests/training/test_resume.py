@@ -185,7 +185,7 @@ def test_a_changed_recipe_is_refused_with_what_differs_and_matters(runs):
 
 
 def test_the_docs_name_every_field_that_may_change():
-    docs = (Path(__file__).parents[2] / "docs/resuming.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs/training.md").read_text()
     listed = docs.split("What may change: ")[1].split("`train.steps` and `train.epochs` may not")[0]
     names = re.findall(r"`([\w.*]+)`", listed)
     fields = cfg.flat(cfg.Config())
