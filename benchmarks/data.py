@@ -47,8 +47,16 @@ class Narrow:
     def frames(self):
         fps, frames = self.media.frames()
         side = (HEIGHT - WIDTH) // 2
-        images = ((seconds, np.ascontiguousarray(frame.to_ndarray(format="rgb24")[:, side : side + WIDTH])) for seconds, frame in frames)
-        return fps, ((seconds, av.VideoFrame.from_ndarray(image, "rgb24")) for seconds, image in images)
+        images = (
+            (
+                seconds,
+                np.ascontiguousarray(frame.to_ndarray(format="rgb24")[:, side : side + WIDTH]),
+            )
+            for seconds, frame in frames
+        )
+        return fps, (
+            (seconds, av.VideoFrame.from_ndarray(image, "rgb24")) for seconds, image in images
+        )
 
 
 class StubTokenizer:
@@ -62,10 +70,18 @@ class Corpus:
     """Clips of the embedded corpus at PHOENIX14T's frame size, as shards and as the tree of PNGs that the field reads."""
 
     def __init__(self, folder: Path):
-        clips = [Clip(c.key, c.split, c.text, Narrow(c.media)) for c in synthetic.clips(train=CLIPS, dev=0, test=0, size=HEIGHT)]
+        clips = [
+            Clip(c.key, c.split, c.text, Narrow(c.media))
+            for c in synthetic.clips(train=CLIPS, dev=0, test=0, size=HEIGHT)
+        ]
         make_shards(clips, folder / "shards", EncodeOptions(), {"name": "bench"})
         self.data = Data(shards=str(folder / "shards"))
-        self.clips, self.png_bytes, self.squared_error, self.pngs = ClipDataset("train", self.data, 0), 0, [], []
+        self.clips, self.png_bytes, self.squared_error, self.pngs = (
+            ClipDataset("train", self.data, 0),
+            0,
+            [],
+            [],
+        )
         for n, clip in enumerate(clips):
             decoded = av.open(io.BytesIO(self.clips.shards.read(n)[0])).decode(video=0)
             kept = []
@@ -75,7 +91,9 @@ class Corpus:
                 self.png_bytes += path.stat().st_size
                 if i % 4 == 0:
                     kept.append(path)
-                    self.squared_error.append(np.mean((image.astype(float) - again.to_ndarray(format="rgb24")) ** 2))
+                    self.squared_error.append(
+                        np.mean((image.astype(float) - again.to_ndarray(format="rgb24")) ** 2)
+                    )
             self.pngs.append(kept)
 
     def groups(self, rounds: int, epoch: int | None = 0) -> list:
@@ -102,14 +120,23 @@ class Corpus:
                 stream.thread_count, stream.codec_context.skip_frame = 1, "NONREF"
                 for frame in container.decode(stream):
                     if round(frame.pts * frame.time_base * stream.average_rate) % 4 == 0:
-                        scaler.reformat(frame, 224, 224, "rgb24", interpolation=Interpolation.BILINEAR).to_ndarray()
+                        scaler.reformat(
+                            frame, 224, 224, "rgb24", interpolation=Interpolation.BILINEAR
+                        ).to_ndarray()
         return CLIPS / (time.perf_counter() - began)
 
     def png(self) -> float:
         """The field's way: PIL opens every kept PNG, resizes it to 256 and crops 224."""
         began = time.perf_counter()
         for paths in self.pngs:
-            np.stack([np.asarray(Image.open(p).convert("RGB").resize((256, 256)).crop((16, 16, 240, 240))) for p in paths])
+            np.stack(
+                [
+                    np.asarray(
+                        Image.open(p).convert("RGB").resize((256, 256)).crop((16, 16, 240, 240))
+                    )
+                    for p in paths
+                ]
+            )
         return CLIPS / (time.perf_counter() - began)
 
 
@@ -119,7 +146,16 @@ def median(pairs: list[tuple[float, float]]) -> float:
 
 def speed(folder: Path) -> None:
     corpus = Corpus(folder)
-    runs = [(corpus.loader(1), corpus.loader(1, epoch=None), corpus.loader(2), corpus.raw(), corpus.png()) for _ in range(ROUNDS)]
+    runs = [
+        (
+            corpus.loader(1),
+            corpus.loader(1, epoch=None),
+            corpus.loader(2),
+            corpus.raw(),
+            corpus.png(),
+        )
+        for _ in range(ROUNDS)
+    ]
     one, plain, two, raw, png = (np.median([r[i] for r in runs]) for i in range(5))
     used = corpus.clips.used.mean()
     figure(
@@ -128,7 +164,12 @@ def speed(folder: Path) -> None:
         "ratio",
         f"{one:.1f} clips/s with augmentation, {plain:.1f} without, bare PyAV {raw:.1f}; {used:.1f} used frames a clip",
     )
-    figure("shards_vs_png_path", median([(r[0], r[4]) for r in runs]), "ratio", f"{one:.1f} clips/s from shards, {png:.1f} from PNGs of {WIDTH}x{HEIGHT}")
+    figure(
+        "shards_vs_png_path",
+        median([(r[0], r[4]) for r in runs]),
+        "ratio",
+        f"{one:.1f} clips/s from shards, {png:.1f} from PNGs of {WIDTH}x{HEIGHT}",
+    )
     figure(
         "two_workers",
         median([(r[2], r[0]) for r in runs]),
@@ -174,7 +215,12 @@ def balance(_: Path) -> None:
             f"worst step {np.min(shares):.3f}; the mean length of a step strays {strays:.2f} times as much as that of random clips",
         )
     detail = ", ".join(f"{ranks} ranks {share:.3f}" for ranks, share in padding.items())
-    figure("text_padding", padding[64], "share", f"8 clips a rank: {detail}; clips dealt out at random have about 0.46")
+    figure(
+        "text_padding",
+        padding[64],
+        "share",
+        f"8 clips a rank: {detail}; clips dealt out at random have about 0.46",
+    )
 
 
 def ten_million(folder: Path) -> None:
@@ -183,12 +229,27 @@ def ten_million(folder: Path) -> None:
     began = time.perf_counter()
     plan = BatchSampler(frames, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"])
     mine = sum(len(plan.rank_step(0, step, 5)[0]) for step in range(plan.steps(0)))
-    figure("plan_10m_seconds", time.perf_counter() - began, "s", f"{plan.steps(0)} steps of {ranks} ranks, {mine} clips of rank 5")
-    figure("plan_10m_gib", peak_bytes() / 2**30, "GiB", "peak of the whole process, this corpus' arrays included")
+    figure(
+        "plan_10m_seconds",
+        time.perf_counter() - began,
+        "s",
+        f"{plan.steps(0)} steps of {ranks} ranks, {mine} clips of rank 5",
+    )
+    figure(
+        "plan_10m_gib",
+        peak_bytes() / 2**30,
+        "GiB",
+        "peak of the whole process, this corpus' arrays included",
+    )
     del plan
 
     # An index of ten million rows over one real shard.
-    make_shards(synthetic.clips(train=64, dev=0, test=0), folder / "big", EncodeOptions(short_side=72), {"name": "bench"})
+    make_shards(
+        synthetic.clips(train=64, dev=0, test=0),
+        folder / "big",
+        EncodeOptions(short_side=72),
+        {"name": "bench"},
+    )
     small, pick = Shards(folder / "big", "train").index, np.arange(clips) % 64
     _save({name: small[name][pick] for name in COLUMNS}, folder / "big/train.index.safetensors")
     dataset = json.loads((folder / "big/dataset.json").read_text(encoding="utf-8"))
@@ -200,7 +261,12 @@ def ten_million(folder: Path) -> None:
     plan = BatchSampler(opened.used, opened.shards.index["text_length"], 8 * ranks, 1, ranks, 0)
     group = next(rank_batches(plan, 5, 3 * plan.steps(0) + 700, 10**6))
     opened.shards.read(group[0][1])
-    figure("resume_10m_seconds", time.perf_counter() - began, "s", "index opened, epoch 3 planned, step 700, the first clip's bytes read")
+    figure(
+        "resume_10m_seconds",
+        time.perf_counter() - began,
+        "s",
+        "index opened, epoch 3 planned, step 700, the first clip's bytes read",
+    )
 
 
 def all_bytes() -> int:
@@ -208,20 +274,38 @@ def all_bytes() -> int:
     parents, sizes = {}, {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, StopIteration):
-            parents[int(entry.name)] = int((entry / "stat").read_text(encoding="utf-8").rsplit(") ", 1)[1].split()[1])
+            parents[int(entry.name)] = int(
+                (entry / "stat").read_text(encoding="utf-8").rsplit(") ", 1)[1].split()[1]
+            )
             sizes[int(entry.name)] = (
-                int(next(x for x in (entry / "smaps_rollup").read_text(encoding="utf-8").splitlines() if x.startswith("Pss:")).split()[1]) * 1024
+                int(
+                    next(
+                        x
+                        for x in (entry / "smaps_rollup").read_text(encoding="utf-8").splitlines()
+                        if x.startswith("Pss:")
+                    ).split()[1]
+                )
+                * 1024
             )
 
     def below(pid: int) -> int:
-        return sizes.get(pid, 0) + sum(below(child) for child, parent in parents.items() if parent == pid)
+        return sizes.get(pid, 0) + sum(
+            below(child) for child, parent in parents.items() if parent == pid
+        )
 
     return below(os.getpid())
 
 
 def growth(folder: Path) -> None:
-    make_shards(synthetic.clips(train=200, dev=0, test=0), folder / "demo", EncodeOptions(short_side=72), {"name": "bench"})
-    clips = ClipDataset("train", Data(shards=str(folder / "demo"), resize=72, crop=64, prefetch_mib=64), 0)
+    make_shards(
+        synthetic.clips(train=200, dev=0, test=0),
+        folder / "demo",
+        EncodeOptions(short_side=72),
+        {"name": "bench"},
+    )
+    clips = ClipDataset(
+        "train", Data(shards=str(folder / "demo"), resize=72, crop=64, prefetch_mib=64), 0
+    )
     groups = ([(0, (4 * i + k) % 200) for k in range(4)] for i in range(2100))
     sizes: dict[int, int] = {}
     for i, _batch in enumerate(batches(clips, StubTokenizer(), groups, 2), 1):
@@ -257,7 +341,12 @@ def sources(_: Path) -> None:
 
     for name, data in (("720x720", large), ("256x256", small)):
         detail = f"source frames a second, one thread; decoding alone without any scaling: {rate(data, everything, n):.0f}"
-        figure(f"frames_per_s_{name}", rate(data, lambda d: decode(d, 256, 4, 10**6, n), n), "frames/s", detail)
+        figure(
+            f"frames_per_s_{name}",
+            rate(data, lambda d: decode(d, 256, 4, 10**6, n), n),
+            "frames/s",
+            detail,
+        )
 
 
 if __name__ == "__main__":

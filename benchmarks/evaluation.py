@@ -32,7 +32,10 @@ def score(_: Path) -> None:
     texts = [text for _, text in synthetic.sentences("text", 2 * SENTENCES)]
     references = [" ".join(pair) for pair in zip(texts[::2], texts[1::2])]
     words, rng = sorted({word for text in texts for word in text.split()}), random.Random(0)
-    hypotheses = [" ".join(rng.choice(words) if rng.random() < 0.2 else word for word in text.split()) for text in references]
+    hypotheses = [
+        " ".join(rng.choice(words) if rng.random() < 0.2 else word for word in text.split())
+        for text in references
+    ]
     began = time.perf_counter()
     found = metrics.scores(hypotheses, references)
     seconds = time.perf_counter() - began
@@ -51,9 +54,17 @@ def evaluate(demo: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2):
             spawn(_decode, ranks, demo / "stage2", Path(folder) / f"{ranks}.json")
-        one, two = (json.loads((Path(folder) / f"{ranks}.json").read_text(encoding="utf-8")) for ranks in (1, 2))
+        one, two = (
+            json.loads((Path(folder) / f"{ranks}.json").read_text(encoding="utf-8"))
+            for ranks in (1, 2)
+        )
     batch = one["batch"]
-    figure("evaluate_batch_ratio", one["many"] / one["single"], "ratio", f"{one['many']:.1f} clips/s at batch {batch}, {one['single']:.1f} one by one")
+    figure(
+        "evaluate_batch_ratio",
+        one["many"] / one["single"],
+        "ratio",
+        f"{one['many']:.1f} clips/s at batch {batch}, {one['single']:.1f} one by one",
+    )
     figure(
         "evaluate_two_ranks",
         two["many"] / one["many"],
@@ -71,11 +82,19 @@ def _decode(run: Path, out: Path) -> None:
     for turn in range(4):
         for name, decode in (("many", config.decode), ("single", replace(config.decode, batch=1))):
             began = time.monotonic()
-            predictions, _ = decode_split(model, config, "test", ranks, decode, workers=config.data.workers)
+            predictions, _ = decode_split(
+                model, config, "test", ranks, decode, workers=config.data.workers
+            )
             if turn:  # the first warms up
                 speeds[name].append(len(predictions) / (time.monotonic() - began))
     if ranks.is_main:
-        out.write_text(json.dumps({name: statistics.median(found) for name, found in speeds.items()} | {"batch": config.decode.batch}), encoding="utf-8")
+        out.write_text(
+            json.dumps(
+                {name: statistics.median(found) for name, found in speeds.items()}
+                | {"batch": config.decode.batch}
+            ),
+            encoding="utf-8",
+        )
 
 
 def page(demo: Path) -> None:
@@ -87,7 +106,9 @@ def page(demo: Path) -> None:
     path = report(demo / "stage2", "test", 24)
     seconds = time.perf_counter() - began
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
         tab, opened = browser.new_page(), []
         for _ in range(5):
             start = time.perf_counter()
@@ -98,7 +119,12 @@ def page(demo: Path) -> None:
         sentences = tab.locator("#list > li").count()
     figure("report_mb", path.stat().st_size / 1e6, "MB", f"{sentences} sentences, 24 clips")
     figure("report_build_seconds", seconds, "s", "scores, clips, attention, page")
-    figure("report_open_seconds", statistics.median(opened), "s", f"in Chromium, until a search has shown its {found} sentences")
+    figure(
+        "report_open_seconds",
+        statistics.median(opened),
+        "s",
+        f"in Chromium, until a search has shown its {found} sentences",
+    )
 
 
 FIGURES = {"score": score, "evaluate": evaluate, "page": page}

@@ -12,7 +12,10 @@ from pathlib import Path
 
 def figure(name: str, value: float | None, unit: str, detail, **more) -> None:
     value = value if value is None else round(float(value), 4)
-    print(json.dumps({"figure": name, "value": value, "unit": unit, "detail": detail, **more}), flush=True)
+    print(
+        json.dumps({"figure": name, "value": value, "unit": unit, "detail": detail, **more}),
+        flush=True,
+    )
 
 
 def chosen(figures: dict[str, Callable]) -> Iterable[str]:
@@ -39,4 +42,13 @@ def small_llm(out: Path, **shape: int) -> None:
 
 def peak_bytes() -> int:
     """The most memory that this process has held."""
-    return int(next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    return (
+        int(
+            next(
+                line
+                for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+                if line.startswith("VmHWM")
+            ).split()[1]
+        )
+        * 1024
+    )

@@ -43,8 +43,22 @@ CASES = {
     "stage1_64_any_order": ("stage1", 64, False, {}),  # without deterministic algorithms
     "stage2_features_16": ("stage2", 16, True, {}),
     "joint_16": ("joint", 16, False, {}),
-    "llama7b_lora_8": ("stage2", 8, True, {"llm.path": "meta-llama/Llama-2-7b-hf", "llm.lora.rank": 16, "llm.gradient_checkpointing": True}),
-    "stage2_features_16_zero3": ("stage2", 16, True, {"train.deepspeed": str(Path(__file__).parents[1] / "ds_configs/zero3.json")}),
+    "llama7b_lora_8": (
+        "stage2",
+        8,
+        True,
+        {
+            "llm.path": "meta-llama/Llama-2-7b-hf",
+            "llm.lora.rank": 16,
+            "llm.gradient_checkpointing": True,
+        },
+    ),
+    "stage2_features_16_zero3": (
+        "stage2",
+        16,
+        True,
+        {"train.deepspeed": str(Path(__file__).parents[1] / "ds_configs/zero3.json")},
+    ),
     "stage2_features_64": ("stage2", 64, True, {}),
     "stage2_16": ("stage2", 16, False, {}),
     "stage2_trimmed_64": ("stage2", 64, True, {"vocab_size": 2500}),
@@ -53,16 +67,34 @@ CASES = {
 
 def figure(name: str, value: float | None, unit: str, **more) -> None:
     value = value if value is None else round(value, 4)
-    print(json.dumps({"figure": name, "value": value, "unit": unit, "detail": {"device": torch.cuda.get_device_name(), **more}}), flush=True)
+    print(
+        json.dumps(
+            {
+                "figure": name,
+                "value": value,
+                "unit": unit,
+                "detail": {"device": torch.cuda.get_device_name(), **more},
+            }
+        ),
+        flush=True,
+    )
 
 
 def card() -> cost.Device:
-    return cost.DEVICES["h200" if "H200" in torch.cuda.get_device_name() else "h100-80" if "H100" in torch.cuda.get_device_name() else "a100-80"]
+    return cost.DEVICES[
+        "h200"
+        if "H200" in torch.cuda.get_device_name()
+        else "h100-80"
+        if "H100" in torch.cuda.get_device_name()
+        else "a100-80"
+    ]
 
 
 def ceiling(out: Path) -> None:
     """The largest rate of a bf16 product of 8192 x 8192 matrices."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # this process takes no memory of the card that steps would be charged for
+    with multiprocessing.get_context("spawn").Pool(
+        1
+    ) as pool:  # this process takes no memory of the card that steps would be charged for
         figure("gemm", 2 * 8192**3 / pool.apply(product) / 1e12, "TFLOP/s", peak=card().tflops)
 
 
@@ -82,19 +114,28 @@ def product() -> float:
 def case(name: str, out: Path) -> tuple[cfg.Config, cost.StubTokenizer, list[int], bool]:
     stage, clips, features, changes = CASES[name]
     changes = {"llm.path": "facebook/mbart-large-cc25", "encoder.weights": "none", **changes}
-    shape = cost.SHAPES[changes["llm.path"]] | {k: changes.pop(k) for k in ("vocab_size",) if k in changes}
+    shape = cost.SHAPES[changes["llm.path"]] | {
+        k: changes.pop(k) for k in ("vocab_size",) if k in changes
+    }
     (out / name).mkdir()
     (out / name / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     config = cfg.load("phoenix14t", stage, changes | {"llm.path": str(out / name)})
     frames, _ = cost.CORPORA["phoenix14t"].lengths()
-    return config, cost.StubTokenizer(shape["vocab_size"]), used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(), features
+    return (
+        config,
+        cost.StubTokenizer(shape["vocab_size"]),
+        used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(),
+        features,
+    )
 
 
 def steps(out: Path, names: Iterable[str] = CASES) -> None:
     for name in names:
         config, text, lengths, features = case(name, out)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            there = pool.apply_async(measured, (config, text, lengths, features, not name.endswith("_any_order")))
+            there = pool.apply_async(
+                measured, (config, text, lengths, features, not name.endswith("_any_order"))
+            )
             dry = cost.dry_step(config, text, lengths, TOKENS, features, "cuda")
             planned = cost.memory(config, dry, 1, card())[-1].value
             try:
@@ -116,13 +157,27 @@ def prepared(config: cfg.Config, text: cost.StubTokenizer, lengths: list[int], f
     with ranks.device:
         model = Translator(config, text, weights=False).train()
     zero2 = start_engine(model, config.train, ranks)
-    shape, dtype = ((config.encoder.channels,), torch.bfloat16) if features else ((config.data.crop, config.data.crop, 3), torch.uint8)
+    shape, dtype = (
+        ((config.encoder.channels,), torch.bfloat16)
+        if features
+        else ((config.data.crop, config.data.crop, 3), torch.uint8)
+    )
     frames = torch.randint(0, 255, (sum(lengths), *shape), dtype=torch.uint8).to(dtype)
     labels = torch.randint(5, 2000, (len(lengths), TOKENS))
-    return zero2, Batch(frames, torch.tensor(lengths), labels, [""] * len(lengths), [""] * len(lengths), []), ranks
+    return (
+        zero2,
+        Batch(frames, torch.tensor(lengths), labels, [""] * len(lengths), [""] * len(lengths), []),
+        ranks,
+    )
 
 
-def measured(config: cfg.Config, text: cost.StubTokenizer, lengths: list[int], features: bool, deterministic: bool) -> tuple[float, int, int, int]:
+def measured(
+    config: cfg.Config,
+    text: cost.StubTokenizer,
+    lengths: list[int],
+    features: bool,
+    deterministic: bool,
+) -> tuple[float, int, int, int]:
     """(median seconds of a step, peak bytes of tensors, peak bytes that the allocator held, bytes of the process besides)"""
     zero2, batch, ranks = prepared(config, text, lengths, features)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -133,7 +188,12 @@ def measured(config: cfg.Config, text: cost.StubTokenizer, lengths: list[int], f
         ends.append(time.perf_counter())
     seconds = [after - before for before, after in pairwise(ends[WARM - 1 :])]
     free, total = torch.cuda.mem_get_info()
-    found = statistics.median(seconds), torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free - torch.cuda.memory_reserved()
+    found = (
+        statistics.median(seconds),
+        torch.cuda.max_memory_allocated(),
+        torch.cuda.max_memory_reserved(),
+        total - free - torch.cuda.memory_reserved(),
+    )
     shutdown()
     return found
 
@@ -148,12 +208,18 @@ def profile(out: Path) -> None:
         train_step(zero2, [batch], ranks)
         torch.cuda.synchronize()
     for by in ("self_device_time_total", "self_cpu_time_total"):
-        print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=80), file=sys.stderr, flush=True)
+        print(
+            profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=80),
+            file=sys.stderr,
+            flush=True,
+        )
     shutdown()
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", errors="replace")
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
     return done.stdout
@@ -163,21 +229,70 @@ def pipeline(out: Path) -> None:
     """Clips/s of the commands with the recipe's model, reading and decoding included."""
     tools, cores = Path(__file__).parents[1] / "tools", usable_cpus()
     began = time.monotonic()
-    run(str(tools / "make_shards.py"), "synthetic", "--out", str(out / "shards"), f"--train={CLIPS}", "--dev=16", "--test=16", "--size=256")
+    run(
+        str(tools / "make_shards.py"),
+        "synthetic",
+        "--out",
+        str(out / "shards"),
+        f"--train={CLIPS}",
+        "--dev=16",
+        "--test=16",
+        "--size=256",
+    )
     figure("make_shards", (CLIPS + 32) / (time.monotonic() - began), "clips/s", cores=cores)
     with open(os.devnull, "w", encoding="utf-8") as sys.stdout:
-        pretrain([text for _, text in synthetic.sentences("text", 3000)], out / "llm", layers=12, width=1024, heads=16, steps=1, batch=2)
+        pretrain(
+            [text for _, text in synthetic.sentences("text", 3000)],
+            out / "llm",
+            layers=12,
+            width=1024,
+            heads=16,
+            steps=1,
+            batch=2,
+        )
     sys.stdout = sys.__stdout__
-    common = [f"--llm.path={out / 'llm'}", "--llm.language=none", "--encoder.weights=none", "--train.dev_clips=8", f"--data.workers={cores - 1}"]
-    last = train("stage1", out, *common, f"--data.shards={out / 'shards'}", "--train.batch=32", "--train.steps=60")
-    figure("stage1", last["clips_per_s"], "clips/s", waiting=last["data_wait_share"], workers=cores - 1, batch=32)
+    common = [
+        f"--llm.path={out / 'llm'}",
+        "--llm.language=none",
+        "--encoder.weights=none",
+        "--train.dev_clips=8",
+        f"--data.workers={cores - 1}",
+    ]
+    last = train(
+        "stage1",
+        out,
+        *common,
+        f"--data.shards={out / 'shards'}",
+        "--train.batch=32",
+        "--train.steps=60",
+    )
+    figure(
+        "stage1",
+        last["clips_per_s"],
+        "clips/s",
+        waiting=last["data_wait_share"],
+        workers=cores - 1,
+        batch=32,
+    )
     began = time.monotonic()
     run("-m", "flallm", "features", str(out / "stage1"), "--out", str(out / "features"))
     figure("features", (CLIPS + 32) / (time.monotonic() - began), "clips/s", start_included=True)
     for kind in ("features", "shards"):
-        options = [*common, f"--data.shards={out / kind}", "--train.batch=16", "--train.steps=60", f"--stage1={out / 'stage1'}"]
+        options = [
+            *common,
+            f"--data.shards={out / kind}",
+            "--train.batch=16",
+            "--train.steps=60",
+            f"--stage1={out / 'stage1'}",
+        ]
         last = train("stage2", out / kind, *options)
-        figure(f"stage2_from_{kind}", last["clips_per_s"], "clips/s", waiting=last["data_wait_share"], batch=16)
+        figure(
+            f"stage2_from_{kind}",
+            last["clips_per_s"],
+            "clips/s",
+            waiting=last["data_wait_share"],
+            batch=16,
+        )
     began = time.monotonic()
     run("-m", "flallm", "evaluate", str(out / "features/stage2"), "--split=test")
     figure("evaluate", 16 / (time.monotonic() - began), "clips/s", start_included=True)
@@ -185,8 +300,19 @@ def pipeline(out: Path) -> None:
 
 def train(stage: str, folder: Path, *options: str) -> dict:
     """The last line of training figures that the run `folder/stage` has left."""
-    run("-m", "flallm", stage, "phoenix14t", f"--run_dir={folder / stage}", "--train.log_every=20", *options)
-    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    run(
+        "-m",
+        "flallm",
+        stage,
+        "phoenix14t",
+        f"--run_dir={folder / stage}",
+        "--train.log_every=20",
+        *options,
+    )
+    lines = [
+        json.loads(line)
+        for line in (folder / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if "clips_per_s" in line][-1]
 
 
@@ -194,7 +320,9 @@ FIGURES = {f.__name__: f for f in (ceiling, steps, profile, pipeline)}
 
 if __name__ == "__main__":
     if unknown := set(sys.argv[1:]) - FIGURES.keys() - CASES.keys():
-        sys.exit(f"no figure {', '.join(sorted(unknown))}; there are {', '.join((*FIGURES, *CASES))}")
+        sys.exit(
+            f"no figure {', '.join(sorted(unknown))}; there are {', '.join((*FIGURES, *CASES))}"
+        )
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here")
     with tempfile.TemporaryDirectory() as folder:

@@ -38,19 +38,31 @@ class Joined:
         return fps, ((i / float(fps), frame) for i, frame in enumerate(frames))
 
 
-def sentences(words: list[str], split: str, count: int, longest: int, seed: int) -> Iterator[tuple[str, ...]]:
+def sentences(
+    words: list[str], split: str, count: int, longest: int, seed: int
+) -> Iterator[tuple[str, ...]]:
     """Of one to `longest` words, any number and any word as often as another; those of three and more are in one split alone."""
     rng = np.random.default_rng([seed, *split.encode()])
     for length in rng.integers(1, longest + 1, size=count):
         drawn = (tuple(rng.choice(words, length).tolist()) for _ in range(1000))
         said = next((one for one in drawn if length < 3 or split_of(one) == split), None)
         if said is None:
-            raise UserError(f"{len(words)} words are too few: of 1000 sentences of {length} of them none belongs to {split}; take a lower --longest")
+            raise UserError(
+                f"{len(words)} words are too few: of 1000 sentences of {length} of them none belongs to {split}; take a lower --longest"
+            )
         yield said
 
 
 def join(
-    videos: str, *, out: str, train: str = "2000", dev: str = "100", test: str = "250", longest: str = "5", seed: str = "0", short_side: str = "256"
+    videos: str,
+    *,
+    out: str,
+    train: str = "2000",
+    dev: str = "100",
+    test: str = "250",
+    longest: str = "5",
+    seed: str = "0",
+    short_side: str = "256",
 ) -> cli.DeferredCommand:
     """Writes DIR/<split>/<number>.mp4 and DIR/clips.tsv.
 
@@ -64,7 +76,14 @@ def join(
         seed: of what is drawn
         short_side: pixels
     """
-    given = {"train": train, "dev": dev, "test": test, "longest": longest, "seed": seed, "short_side": short_side}
+    given = {
+        "train": train,
+        "dev": dev,
+        "test": test,
+        "longest": longest,
+        "seed": seed,
+        "short_side": short_side,
+    }
     numbers = {name: cli.parse_int(name, value) for name, value in given.items()}
     if not numbers["longest"]:
         raise UserError("--longest: a sentence has at least one word")
@@ -80,19 +99,35 @@ def join(
     def work() -> None:
         for split in ("train", "dev", "test"):
             ensure_dir(Path(out) / split)
-        said = [(split, one) for split in ("train", "dev", "test") for one in sentences(words, split, numbers[split], numbers["longest"], numbers["seed"])]
-        clips = (Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one))) for i, (split, one) in enumerate(said))
+        said = [
+            (split, one)
+            for split in ("train", "dev", "test")
+            for one in sentences(words, split, numbers[split], numbers["longest"], numbers["seed"])
+        ]
+        clips = (
+            Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one)))
+            for i, (split, one) in enumerate(said)
+        )
         rows = [("video", "text", "split")]
-        for i, ((split, one), done) in enumerate(zip(said, encode_all(clips, EncodeOptions(short_side=numbers["short_side"]), usable_cpus()))):
+        for i, ((split, one), done) in enumerate(
+            zip(
+                said,
+                encode_all(clips, EncodeOptions(short_side=numbers["short_side"]), usable_cpus()),
+            )
+        ):
             if isinstance(done, str):
                 raise UserError(f"{' + '.join(one)}: {done}")
             path = Path(out) / split / f"{i:06d}.mp4"
             path.write_bytes(done[0])
             rows.append((path.relative_to(out), " ".join(one), split))
-        with open(Path(out) / "clips.tsv", "w", newline="", encoding="utf-8") as file:  # once there is all that it names
+        with open(
+            Path(out) / "clips.tsv", "w", newline="", encoding="utf-8"
+        ) as file:  # once there is all that it names
             csv.writer(file, "excel-tab").writerows(rows)
         text = sentences(words, "train", 20_000, numbers["longest"], numbers["seed"] + 1)
-        (Path(out) / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text), encoding="utf-8")
+        (Path(out) / "text.txt").write_text(
+            "".join(f"{' '.join(one)}\n" for one in text), encoding="utf-8"
+        )
 
     return cli.DeferredCommand(work)
 

@@ -34,18 +34,33 @@ def tables() -> None:
             columns = {}
             for gpu in ("a100-80", "h100-80"):
                 for ranks in RANKS:
-                    config = cfg.load("phoenix14t", stage, {"name": corpus, "train.batch": clips * ranks, "data.shards": "-"})
-                    columns[f"{ranks} {gpu}"] = {f"{f.section}/{f.name}": str(f) for f in cost.cost(config, ranks, cost.DEVICES[gpu])}
-            print(f"**{corpus}, {stage}, {clips} clips a GPU**\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+                    config = cfg.load(
+                        "phoenix14t",
+                        stage,
+                        {"name": corpus, "train.batch": clips * ranks, "data.shards": "-"},
+                    )
+                    columns[f"{ranks} {gpu}"] = {
+                        f"{f.section}/{f.name}": str(f)
+                        for f in cost.cost(config, ranks, cost.DEVICES[gpu])
+                    }
+            print(
+                f"**{corpus}, {stage}, {clips} clips a GPU**\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
+            )
             for row in ROWS:
-                print(f"| {row.replace('/', ': ')} | {' | '.join(figures[row] for figures in columns.values())} |")
+                print(
+                    f"| {row.replace('/', ': ')} | {' | '.join(figures[row] for figures in columns.values())} |"
+                )
             print(flush=True)
 
 
 def efficiency() -> None:
     """What a micro-batch costs is fitted to its frames by forward and backward passes on one core; the plan is then run with costs that scatter likewise."""
     torch.set_num_threads(1)
-    config = cfg.load("phoenix14t", "stage1", {"encoder.weights": "none", "data.crop": 112, "train.precision": "fp32"})
+    config = cfg.load(
+        "phoenix14t",
+        "stage1",
+        {"encoder.weights": "none", "data.crop": 112, "train.precision": "fp32"},
+    )
     model, rng = Translator(config, cost.StubTokenizer(2429)).train(), np.random.default_rng(0)
     frames = np.sort(rng.integers(4, 76, 40))
     seconds = np.array([min(_seconds(model, int(n)) for _ in range(3)) for n in frames])
@@ -60,10 +75,15 @@ def efficiency() -> None:
     lengths, texts = cost.CORPORA["web"].lengths()
     lengths = used_frames(lengths, 4, 300)
     for ranks in RANKS:
-        plan, shares = BatchSampler(lengths, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"]), []
+        plan, shares = (
+            BatchSampler(lengths, texts, 8 * ranks, 1, ranks, 0, text_cost=TEXT_COST["stage1"]),
+            [],
+        )
         for step in range(min(100, plan.steps(0))):
             (parts,) = plan.step(0, step)
-            work = np.array([a + b * lengths[clips].sum() for clips in parts]) * rng.choice(scatter, ranks)
+            work = np.array([a + b * lengths[clips].sum() for clips in parts]) * rng.choice(
+                scatter, ranks
+            )
             shares.append(work.mean() / work.max())
         figure(
             f"parallel_efficiency_{ranks}",

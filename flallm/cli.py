@@ -31,7 +31,9 @@ class DeferredCommand:
 def parse_int(option: str, value: str, least: int = 0) -> int:
     """The whole number that an option was given."""
     if not value.isdecimal() or int(value) < least:
-        raise UserError(f"--{option}: {value!r} is not a whole number" + f" from {least} on" * bool(least))
+        raise UserError(
+            f"--{option}: {value!r} is not a whole number" + f" from {least} on" * bool(least)
+        )
     return int(value)
 
 
@@ -57,7 +59,9 @@ def stage1(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Defe
     return _training("stage1", recipe, run_dir, overrides)
 
 
-def stage2(recipe: str, *, stage1: str, run_dir: str | None = None, **overrides: str) -> DeferredCommand:
+def stage2(
+    recipe: str, *, stage1: str, run_dir: str | None = None, **overrides: str
+) -> DeferredCommand:
     """LLM fine-tuning: trains a large language model on the frozen visual encoder of a stage-1 run.
 
     Args:
@@ -80,7 +84,13 @@ def joint(recipe: str, *, run_dir: str | None = None, **overrides: str) -> Defer
     return _training("joint", recipe, run_dir, overrides)
 
 
-def _training(stage: str, recipe: str, run_dir: str | None, overrides: dict[str, str], stage1: Path | None = None) -> DeferredCommand:
+def _training(
+    stage: str,
+    recipe: str,
+    run_dir: str | None,
+    overrides: dict[str, str],
+    stage1: Path | None = None,
+) -> DeferredCommand:
     resolved = config.load(recipe, stage, overrides)
     run = Path(run_dir or f"runs/{resolved.name or Path(recipe).stem}-{stage}")
 
@@ -113,7 +123,9 @@ def evaluate(run: str, *, split: str = "test", shards: str = "") -> DeferredComm
     return DeferredCommand(work)
 
 
-def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0", shards: str = "") -> DeferredCommand:
+def features(
+    run: str, *, out: str, dtype: str = "bf16", copies: str = "0", shards: str = ""
+) -> DeferredCommand:
     """Writes the sign-wise features of a run's encoder as shards: stage 2 takes them by --data.shards in place of video, and so does what is done with its run.
 
     Args:
@@ -136,7 +148,9 @@ def features(run: str, *, out: str, dtype: str = "bf16", copies: str = "0", shar
     return DeferredCommand(work)
 
 
-def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str = "0") -> DeferredCommand:
+def trim(
+    llm: str, *, shards: str, out: str, text: str | None = None, most: str = "0"
+) -> DeferredCommand:
     """Writes a pre-trained model without the tokens that the training text of a data set does not need; `--llm.path=OUT` then names it.
 
     Args:
@@ -148,7 +162,9 @@ def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str 
     """
     number = parse_int("most", most)
     if bool(text) != bool(number):
-        raise UserError("--text and --most belong together: a file, and how many of its tokens to keep")
+        raise UserError(
+            "--text and --most belong together: a file, and how many of its tokens to keep"
+        )
     if text and not Path(text).is_file():
         raise UserError(f"--text: {text} does not exist")
 
@@ -160,7 +176,15 @@ def trim(llm: str, *, shards: str, out: str, text: str | None = None, most: str 
     return DeferredCommand(work)
 
 
-def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | None = None, clips_per_s: str | None = None, **overrides: str) -> DeferredCommand:
+def plan(
+    recipe: str,
+    *,
+    world_size: str,
+    gpu: str = "a100-80",
+    stage: str | None = None,
+    clips_per_s: str | None = None,
+    **overrides: str,
+) -> DeferredCommand:
     """What a recipe will take on so many GPUs: parameters, memory, steps, hours, communication, decoding, checkpoints. Exit code 1: it does not fit.
 
     Args:
@@ -188,7 +212,9 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
         for one in resolved:
             device = cost.device(gpu, ranks, one.train)
             figures = cost.cost(one, ranks, device, float(clips_per_s) if clips_per_s else None)
-            print(f"{one.name or recipe} {one.stage} on {ranks} x {device.name}\n{cost.show(figures)}\n")
+            print(
+                f"{one.name or recipe} {one.stage} on {ranks} x {device.name}\n{cost.show(figures)}\n"
+            )
             if too_much := cost.advice(figures, device):
                 print(f"{one.stage} {too_much}\n")
                 code = 1
@@ -197,7 +223,9 @@ def plan(recipe: str, *, world_size: str, gpu: str = "a100-80", stage: str | Non
     return DeferredCommand(work)
 
 
-def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown", shards: str = "") -> DeferredCommand:
+def export(
+    run: str, out: str, *, lora: str = "merged", license: str = "unknown", shards: str = ""
+) -> DeferredCommand:
     """Writes a run's best model as a folder of its own, with a model card: `flallm.load(OUT).translate(video)`.
 
     Args:
@@ -219,7 +247,9 @@ def export(run: str, out: str, *, lora: str = "merged", license: str = "unknown"
     return DeferredCommand(work)
 
 
-def score(hypotheses: str, references: str | None = None, *, convention: str = "all") -> DeferredCommand:
+def score(
+    hypotheses: str, references: str | None = None, *, convention: str = "all"
+) -> DeferredCommand:
     """Scores sentences with 95 % intervals and prints them as JSON; "all" prints them under the name of each convention.
 
     Args:
@@ -277,7 +307,9 @@ def probe(run: str, *, split: str = "test", shards: str = "") -> DeferredCommand
     return DeferredCommand(work)
 
 
-def report(run: str, *, split: str = "test", clips: str = "24", shards: str = "") -> DeferredCommand:
+def report(
+    run: str, *, split: str = "test", clips: str = "24", shards: str = ""
+) -> DeferredCommand:
     """Writes report.html of a run, one file for any browser, no network: scores among the published ones, curves, probes, config, sentences with clips.
 
     Args:
@@ -332,10 +364,25 @@ def ablate(
         raise UserError(f"--where: {where!r} is none of here, slurm, nowhere")
     world_size = parse_int("ranks", ranks, 1)
     tables, chosen_rows = ([word.strip() for word in words.split(",")] for words in (table, rows))
-    study = Sweep(recipe, tables, parse_int("seeds", seeds, 1), [row for row in chosen_rows if row], overrides, Path(out))
+    study = Sweep(
+        recipe,
+        tables,
+        parse_int("seeds", seeds, 1),
+        [row for row in chosen_rows if row],
+        overrides,
+        Path(out),
+    )
     if run is None:
         options = {"table": table, "seeds": seeds, "rows": rows, "out": out} | overrides
-        return DeferredCommand(lambda: ablate(study, where, world_size, sbatch, [recipe, *(f"--{name}={value}" for name, value in options.items())]))
+        return DeferredCommand(
+            lambda: ablate(
+                study,
+                where,
+                world_size,
+                sbatch,
+                [recipe, *(f"--{name}={value}" for name, value in options.items())],
+            )
+        )
     number = parse_int("run", run)
     if number >= len(study.runs):
         raise UserError(f"--run: the plan has runs 0 to {len(study.runs) - 1}")
@@ -348,7 +395,14 @@ def ablate(
     return DeferredCommand(work)
 
 
-def translate(run: str, *videos: str, format: str = "text", segments: str | None = None, window: str = "0", alternatives: str = "0") -> DeferredCommand:
+def translate(
+    run: str,
+    *videos: str,
+    format: str = "text",
+    segments: str | None = None,
+    window: str = "0",
+    alternatives: str = "0",
+) -> DeferredCommand:
     """Prints a sentence for each video file. One that gives none has a line on stderr, and the exit code is 2 in the end.
 
     Args:
@@ -383,23 +437,34 @@ def translate(run: str, *videos: str, format: str = "text", segments: str | None
         with _ranks() as ranks:
             model, config = load_run(Path(run), ranks.device)
             if further >= config.decode.beam:
-                raise UserError(f"--alternatives: {run} decodes with a beam of {config.decode.beam}, so there are {config.decode.beam - 1} at most")
+                raise UserError(
+                    f"--alternatives: {run} decodes with a beam of {config.decode.beam}, so there are {config.decode.beam - 1} at most"
+                )
             if format == "vtt":
                 print("WEBVTT\n")
             found = translate(model, config, videos, ranks.device, spans, float(window), further)
-            for one in tqdm(found, unit=" sentences", disable=None if len(videos) > 1 or spans or float(window) else True):
+            for one in tqdm(
+                found,
+                unit=" sentences",
+                disable=None if len(videos) > 1 or spans or float(window) else True,
+            ):
                 if one.error:
                     failed += 1
                     tqdm.write(f"flallm: {one.error}", file=sys.stderr)
                 else:
                     number += 1
-                    tqdm.write(line(one, format, number, bool(spans or float(window)), len(videos) > 1), file=sys.stdout)
+                    tqdm.write(
+                        line(one, format, number, bool(spans or float(window)), len(videos) > 1),
+                        file=sys.stdout,
+                    )
         return 2 if failed else 0
 
     return DeferredCommand(work)
 
 
-def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str) -> DeferredCommand:
+def doctor(
+    recipe: str | None = None, *, run_dir: str = "runs", **overrides: str
+) -> DeferredCommand:
     """Looks at this machine and at what a recipe needs of it: rows OK, WARN, MISS with what to do. Exit code 1: something is missing.
 
     Args:
@@ -407,7 +472,9 @@ def doctor(recipe: str | None = None, *, run_dir: str = "runs", **overrides: str
         run_dir: where runs will lie
         overrides: fields of the recipe, as in --data.shards=DIR
     """
-    configs = [config.load(recipe, stage, overrides) for stage in ("stage1", "stage2")] if recipe else []
+    configs = (
+        [config.load(recipe, stage, overrides) for stage in ("stage1", "stage2")] if recipe else []
+    )
 
     def work() -> int:
         from flallm.planning.doctor import MISS, doctor
@@ -448,7 +515,25 @@ def _shards_option(shards: str):
 
 
 COMMANDS = {
-    f.__name__: f for f in (demo, stage1, stage2, joint, evaluate, features, trim, plan, score, compare, probe, report, ablate, translate, export, doctor)
+    f.__name__: f
+    for f in (
+        demo,
+        stage1,
+        stage2,
+        joint,
+        evaluate,
+        features,
+        trim,
+        plan,
+        score,
+        compare,
+        probe,
+        report,
+        ablate,
+        translate,
+        export,
+        doctor,
+    )
 }
 
 
@@ -459,18 +544,33 @@ def run(commands: dict[str, Callable], name: str) -> int:
     for command in commands.values():
         SetParseFn(str)(command)  # which takes words as they stand, not what Fire makes of them
     try:
-        words = [re.sub("^(--[^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), w) for w in sys.argv[1:] if w not in ("--help", "-h")]
+        words = [
+            re.sub("^(--[^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), w)
+            for w in sys.argv[1:]
+            if w not in ("--help", "-h")
+        ]
         _check_values(words)
         if len(words) < len(sys.argv) - 1:
-            words = [*words[:1], "--", "--help"]  # Fire would take --help for one of a recipe's fields
+            words = [
+                *words[:1],
+                "--",
+                "--help",
+            ]  # Fire would take --help for one of a recipe's fields
         with contextlib.redirect_stderr(said):
             job = fire.Fire(commands, words, name, serialize=lambda _: None)
     except fire.core.FireExit as exit:
-        if exit.code == 0:  # the help, without what Fire says of its own attribute and of letters that two options share
-            text = re.sub(r"\nGROUPS\n.*?FIRE_METADATA\n", "", said.getvalue(), flags=re.DOTALL).replace("GROUP | ", "")
+        if (
+            exit.code == 0
+        ):  # the help, without what Fire says of its own attribute and of letters that two options share
+            text = re.sub(
+                r"\nGROUPS\n.*?FIRE_METADATA\n", "", said.getvalue(), flags=re.DOTALL
+            ).replace("GROUP | ", "")
             print(re.sub(r"^    -\w, --", "    --", text, flags=re.MULTILINE))
             return 0
-        line = next((x for x in said.getvalue().splitlines() if x.startswith("ERROR: ")), "ERROR: what is meant?")
+        line = next(
+            (x for x in said.getvalue().splitlines() if x.startswith("ERROR: ")),
+            "ERROR: what is meant?",
+        )
         return _mistake(name, f"{line.removeprefix('ERROR: ')} (see {name} --help)")
     except UserError as error:
         return _mistake(name, error)
@@ -506,12 +606,16 @@ def _mistake(name: str, error: object) -> int:
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # workers are forked after the tokenizer was used
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))  # PyTorch looks at no quota
     try:
         code = run(COMMANDS, "flallm")
         sys.stdout.flush()
     except BrokenPipeError:  # who reads has enough, as `flallm score … | head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for what Python flushes at its end
         code = 1
     sys.exit(code)

@@ -12,8 +12,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # files of tests run side by side
-os.environ["OMP_WAIT_POLICY"] = "passive"  # … and a thread that waits is to leave its core to the other file
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks share this machine's cores and could not share a GPU; test_gpu.py sees what there is
+os.environ["OMP_WAIT_POLICY"] = (
+    "passive"  # … and a thread that waits is to leave its core to the other file
+)
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # several ranks share this machine's cores and could not share a GPU; test_gpu.py sees what there is
+)
 
 import pytest
 import torch.multiprocessing
@@ -26,8 +30,17 @@ from flallm.data.shards import make_shards
 
 # Ranks start from a process that has imported everything: of a rank of a test that is nearly all.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["flallm.training.train", "flallm.evaluation.plots", "deepspeed.runtime.zero.muon.original_muon", "torch.utils.tensorboard"])
-torch.multiprocessing.spawn = partial(torch.multiprocessing.start_processes, start_method="forkserver")
+FORK.set_forkserver_preload(
+    [
+        "flallm.training.train",
+        "flallm.evaluation.plots",
+        "deepspeed.runtime.zero.muon.original_muon",
+        "torch.utils.tensorboard",
+    ]
+)
+torch.multiprocessing.spawn = partial(
+    torch.multiprocessing.start_processes, start_method="forkserver"
+)
 
 SMALL = {
     "encoder.stem": 8,
@@ -45,7 +58,12 @@ SMALL = {
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus") / "shards"
-    make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), folder, EncodeOptions(per_shard=10), {"name": "synthetic"})
+    make_shards(
+        synthetic.clips(train=24, dev=8, test=7, size=36),
+        folder,
+        EncodeOptions(per_shard=10),
+        {"name": "synthetic"},
+    )
     return folder
 
 
@@ -54,7 +72,14 @@ def llm(tmp_path_factory) -> Path:
     from flallm.demo.pretrain import pretrain
 
     folder = tmp_path_factory.mktemp("llm") / "llm"
-    pretrain([text for _, text in synthetic.sentences("text", 3000)], folder, layers=1, width=48, heads=2, steps=2)
+    pretrain(
+        [text for _, text in synthetic.sentences("text", 3000)],
+        folder,
+        layers=1,
+        width=48,
+        heads=2,
+        steps=2,
+    )
     return folder
 
 
@@ -63,7 +88,11 @@ def small(shards, llm):
     """The demo's recipe at a size for tests: `small("stage1", **overrides)`."""
 
     def make(stage: str, overrides: dict | None = None) -> cfg.Config:
-        return cfg.load("demo", stage, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **(overrides or {})})
+        return cfg.load(
+            "demo",
+            stage,
+            {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **(overrides or {})},
+        )
 
     return make
 
@@ -76,7 +105,9 @@ def flallm(monkeypatch, capsys):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["flallm", *map(str, words)])
         capsys.readouterr()
-        with patch.dict(os.environ):  # where a command writes its rank, which what starts later would take for its own
+        with patch.dict(
+            os.environ
+        ):  # where a command writes its rank, which what starts later would take for its own
             code = cli.run(cli.COMMANDS, "flallm")
         return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
 

@@ -11,5 +11,7 @@ def every_frame(source: bytes | str, size: int, stride: int, max_frames: int) ->
     converter = FrameConverter()
     with open_video(source) as container:
         frames = upright(container.decode(video_stream(container)))
-        kept = [converter.to_rgb(frame, size, size) for i, frame in enumerate(frames) if i % stride == 0]
+        kept = [
+            converter.to_rgb(frame, size, size) for i, frame in enumerate(frames) if i % stride == 0
+        ]
     return np.stack(kept)[positions(stride * len(kept), stride, max_frames) // stride]

@@ -39,18 +39,47 @@ from flallm.training.train import train
 from flallm.utils import UserError
 
 ZERO3 = str(Path(__file__).parents[1] / "ds_configs/zero3.json")
-DAMAGE = {"truncated": "rank-1.safetensors", "removed": "model.safetensors", "flipped": "model.safetensors", "manifest": "manifest.json"}
-SHORT = {"train.steps": 6, "train.batch": 12, "train.log_every": 1, "train.dev_every": 3, "checkpoint.every": 2, "checkpoint.last": 20}
+DAMAGE = {
+    "truncated": "rank-1.safetensors",
+    "removed": "model.safetensors",
+    "flipped": "model.safetensors",
+    "manifest": "manifest.json",
+}
+SHORT = {
+    "train.steps": 6,
+    "train.batch": 12,
+    "train.log_every": 1,
+    "train.dev_every": 3,
+    "checkpoint.every": 2,
+    "checkpoint.last": 20,
+}
 
 
 class Run:
     """The ranks of one run, as processes that can be killed."""
 
-    def __init__(self, config: cfg.Config, folder: Path, world_size: int = 2, plant: Callable | None = None, stage1: Path | None = None):
+    def __init__(
+        self,
+        config: cfg.Config,
+        folder: Path,
+        world_size: int = 2,
+        plant: Callable | None = None,
+        stage1: Path | None = None,
+    ):
         self.folder, self.log, self.began = folder, folder.with_suffix(".log"), time.monotonic()
         where = rendezvous() | {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         self.ranks = [
-            FORK.Process(target=one_rank, args=(where | {"RANK": str(r), "LOCAL_RANK": str(r)}, config, folder, self.log, plant, stage1))
+            FORK.Process(
+                target=one_rank,
+                args=(
+                    where | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                    config,
+                    folder,
+                    self.log,
+                    plant,
+                    stage1,
+                ),
+            )
             for r in range(world_size)
         ]
         for rank in self.ranks:
@@ -82,7 +111,14 @@ class Run:
         return self.log.read_text()
 
 
-def one_rank(env: dict, config: cfg.Config, folder: Path, log: Path, plant: Callable | None, stage1: Path | None) -> None:
+def one_rank(
+    env: dict,
+    config: cfg.Config,
+    folder: Path,
+    log: Path,
+    plant: Callable | None,
+    stage1: Path | None,
+) -> None:
     os.environ.update(env)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -100,13 +136,28 @@ def one_rank(env: dict, config: cfg.Config, folder: Path, log: Path, plant: Call
 class At:
     """A plant: from its `call`-th call (`times` times) in `rank`, `owner.name` does `what` first. Calls go on being counted in that process."""
 
-    def __init__(self, owner: str, name: str, what: str, rank: int = 0, call: int = 1, times: int = 1):
-        self.owner, self.name, self.what, self.rank, self.call, self.times = owner, name, what, rank, call, times
+    def __init__(
+        self, owner: str, name: str, what: str, rank: int = 0, call: int = 1, times: int = 1
+    ):
+        self.owner, self.name, self.what, self.rank, self.call, self.times = (
+            owner,
+            name,
+            what,
+            rank,
+            call,
+            times,
+        )
 
     def __call__(self, rank: int) -> None:
         if rank != self.rank:
             return
-        owner = {"checkpoint": checkpoint, "Writer": CheckpointManager, "Path": Path, "Batch": Batch, "Translator": Translator}[self.owner]
+        owner = {
+            "checkpoint": checkpoint,
+            "Writer": CheckpointManager,
+            "Path": Path,
+            "Batch": Batch,
+            "Translator": Translator,
+        }[self.owner]
         original, calls = getattr(owner, self.name), 0
 
         def wrapped(*args, **kwargs):
@@ -133,18 +184,33 @@ class Lab:
     """Where runs are made, and unbroken ones to compare with."""
 
     def __init__(self, folder: Path, shards: Path, llm: Path):
-        self.folder, self.settings = folder, {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **SHORT}
+        self.folder, self.settings = (
+            folder,
+            {"data.shards": str(shards), "llm.path": str(llm), **SMALL, **SHORT},
+        )
 
     def config(self, stage: str = "stage1", **overrides) -> cfg.Config:
-        dropout = {"stage1": {"light_t.dropout": 0.1}, "stage2": {}, "joint": {"train.optimizer": "sgd"}}[stage]
-        return cfg.load("demo", stage, self.settings | dropout | {k.replace("__", "."): v for k, v in overrides.items()})
+        dropout = {
+            "stage1": {"light_t.dropout": 0.1},
+            "stage2": {},
+            "joint": {"train.optimizer": "sgd"},
+        }[stage]
+        return cfg.load(
+            "demo",
+            stage,
+            self.settings | dropout | {k.replace("__", "."): v for k, v in overrides.items()},
+        )
 
     def new(self, name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder)) / "run"
 
     def unbroken(self, stage: str = "stage1", **overrides) -> Path:
         """A run never stopped; one for each setting."""
-        folder = self.folder / "-".join(["unbroken", stage, *(f"{k}={v}" for k, v in overrides.items())]) / "run"
+        folder = (
+            self.folder
+            / "-".join(["unbroken", stage, *(f"{k}={v}" for k, v in overrides.items())])
+            / "run"
+        )
         if not folder.exists():
             folder.parent.mkdir()
             stage1 = self.stage1(stage, **overrides)
@@ -158,7 +224,11 @@ class Lab:
 
 
 def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -168,7 +238,11 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def children(process: int) -> list[int]:
-    return [int(c) for task in Path(f"/proc/{process}/task").iterdir() for c in (task / "children").read_text().split()]
+    return [
+        int(c)
+        for task in Path(f"/proc/{process}/task").iterdir()
+        for c in (task / "children").read_text().split()
+    ]
 
 
 def steps(run: Path) -> list[int]:
@@ -178,7 +252,13 @@ def steps(run: Path) -> list[int]:
 
 def same(one: Path, other: Path) -> bool:
     """Losses, dev scores, and every tensor of the last checkpoint, optimiser and generators too."""
-    a, b = ([{k: v for k, v in x.items() if k in ("step", "loss", "dev_bleu4")} for x in rows(run / "metrics.jsonl")] for run in (one, other))
+    a, b = (
+        [
+            {k: v for k, v in x.items() if k in ("step", "loss", "dev_bleu4")}
+            for x in rows(run / "metrics.jsonl")
+        ]
+        for run in (one, other)
+    )
     assert a == b, (a, b)
     last = f"step-{steps(one)[-1]}"
     files = sorted(p.name for p in (one / "checkpoints" / last).glob("*.safetensors"))
@@ -186,7 +266,9 @@ def same(one: Path, other: Path) -> bool:
     for file in files:
         x, y = (load_file(run / "checkpoints" / last / file) for run in (one, other))
         assert x.keys() == y.keys() and len(x) > 1
-        assert all(torch.equal(x[k], y[k]) for k in x), [k for k in x if not torch.equal(x[k], y[k])]
+        assert all(torch.equal(x[k], y[k]) for k in x), [
+            k for k in x if not torch.equal(x[k], y[k])
+        ]
     return True
 
 
@@ -207,11 +289,17 @@ def damage(how: str, folder: Path) -> None:
 
 
 def all_ranks_killed(lab: Lab, stage: str = "stage1", times: int = 10, seed: int = 0) -> str:
-    config, plain, rng = {"train__steps": 3 * times}, lab.unbroken(stage, train__steps=3 * times), random.Random(seed)
+    config, plain, rng = (
+        {"train__steps": 3 * times},
+        lab.unbroken(stage, train__steps=3 * times),
+        random.Random(seed),
+    )
     folder, killed = lab.new("killed"), []
     stage1 = lab.stage1(stage, **config)
     for i in range(times):
-        run = Run(lab.config(stage, **config), folder, stage1=stage1).reach(min(3 * times - 1, 3 * i + rng.randint(1, 4)))
+        run = Run(lab.config(stage, **config), folder, stage1=stage1).reach(
+            min(3 * times - 1, 3 * i + rng.randint(1, 4))
+        )
         time.sleep(rng.random() / 10)
         killed.append(max(losses(folder)))
         run.kill().wait()
@@ -223,11 +311,17 @@ def all_ranks_killed(lab: Lab, stage: str = "stage1", times: int = 10, seed: int
 
 def one_rank_killed(lab: Lab, number: int = signal.SIGKILL, rank: int = 1) -> str:
     folder = lab.new("one")
-    run = Run(lab.config(train__steps=500, train__timeout=5), folder).reach(3).kill(rank, number=number)
+    run = (
+        Run(lab.config(train__steps=500, train__timeout=5), folder)
+        .reach(3)
+        .kill(rank, number=number)
+    )
     codes = run.wait(*(r for r in (0, 1) if r != rank))
     run.kill()
     assert codes == [1], (codes, run.said)
-    assert rank == 0 or f"no word from rank {rank}" in run.said, run.said  # without rank 0 nothing can be told; the launcher names it
+    assert rank == 0 or f"no word from rank {rank}" in run.said, (
+        run.said
+    )  # without rank 0 nothing can be told; the launcher names it
     return "the other ended and named it"
 
 
@@ -236,7 +330,11 @@ def one_rank_hangs(lab: Lab) -> str:
 
 
 def one_rank_throws(lab: Lab) -> str:
-    run = Run(lab.config(train__steps=500), lab.new("throws"), plant=At("Batch", "to", "throw", rank=1, call=4))
+    run = Run(
+        lab.config(train__steps=500),
+        lab.new("throws"),
+        plant=At("Batch", "to", "throw", rank=1, call=4),
+    )
     assert run.wait() == [1, 1], run.said
     assert "rank 0 ends because another did: rank 1: RuntimeError: planted" in run.said, run.said
     return "rank 0 names the cause on rank 1"
@@ -259,7 +357,10 @@ def killed_while_saving(lab: Lab, phases: tuple[str, ...] = tuple(PHASES)) -> st
         while all(rank.is_alive() for rank in run.ranks):
             time.sleep(0.01)
         run.kill().wait()
-        assert steps(folder) == ([2, 3] if phase == "after the new name" else [2]), (phase, steps(folder))
+        assert steps(folder) == ([2, 3] if phase == "after the new name" else [2]), (
+            phase,
+            steps(folder),
+        )
         run = Run(lab.config(), folder)
         assert run.wait() == [0, 0], run.said
         same(lab.unbroken(), folder)
@@ -273,7 +374,10 @@ def newest_damaged(lab: Lab, ways: tuple[str, ...] = tuple(DAMAGE)) -> str:
         damage(how, folder / "checkpoints/step-6")
         run = Run(lab.config(), folder)
         assert run.wait() == [0, 0], run.said
-        assert "going on from the checkpoint before it" in run.said and "checkpoint of step 4" in run.said, run.said
+        assert (
+            "going on from the checkpoint before it" in run.said
+            and "checkpoint of step 4" in run.said
+        ), run.said
         same(lab.unbroken(), folder)
     return f"{', '.join(ways)}: the one before serves"
 
@@ -281,14 +385,20 @@ def newest_damaged(lab: Lab, ways: tuple[str, ...] = tuple(DAMAGE)) -> str:
 def disk_full(lab: Lab) -> str:
     folder = lab.new("full")
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         raise Skip(f"no tmpfs can be mounted: {mounted.stderr.strip()}")
     try:
         config = lab.config(checkpoint__every=1)
         run = Run(config, folder)
         assert run.wait() == [1, 1], run.said
-        assert "could not be written" in run.said and "the checkpoints before it are kept" in run.said and "Traceback" not in run.said, run.said
+        assert (
+            "could not be written" in run.said
+            and "the checkpoints before it are kept" in run.said
+            and "Traceback" not in run.said
+        ), run.said
         kept = steps(folder)
         assert kept and len(kept) < 6
         subprocess.run(["mount", "-o", "remount,size=200m", folder], check=True)
@@ -307,10 +417,23 @@ def not_finite(lab: Lab) -> str:
     noted = rows(folder / "skipped.jsonl")
     skipped = noted[0]["step"]
     assert [x["rank"] for x in noted] == [0, 1] and all(x["keys"] for x in noted)
-    assert all(t.isfinite().all() for t in load_file(folder / "checkpoints/step-6/model.safetensors").values())
-    assert {s: x for s, x in losses(folder).items() if s < skipped} == {s: x for s, x in losses(lab.unbroken()).items() if s < skipped}
-    row = Run(lab.config(train__steps=50, train__max_skipped=3), folder := lab.new("nans"), plant=At("Batch", "to", "nan", rank=1, call=6, times=1000))
-    assert row.wait() == [1, 1] and "3 steps in a row had to be left out" in row.said and "Traceback" not in row.said, row.said
+    assert all(
+        t.isfinite().all()
+        for t in load_file(folder / "checkpoints/step-6/model.safetensors").values()
+    )
+    assert {s: x for s, x in losses(folder).items() if s < skipped} == {
+        s: x for s, x in losses(lab.unbroken()).items() if s < skipped
+    }
+    row = Run(
+        lab.config(train__steps=50, train__max_skipped=3),
+        folder := lab.new("nans"),
+        plant=At("Batch", "to", "nan", rank=1, call=6, times=1000),
+    )
+    assert (
+        row.wait() == [1, 1]
+        and "3 steps in a row had to be left out" in row.said
+        and "Traceback" not in row.said
+    ), row.said
     return f"step {skipped} left out on both ranks, its {sum(len(x['keys']) for x in noted)} clips named; after 3 in a row the end, at checkpoint {steps(folder)[-1]}"
 
 
@@ -318,30 +441,57 @@ def clips_gone(lab: Lab) -> str:
     """As when a disk of the network goes away: nothing is learnt from nothing, and the checkpoints stay."""
     folder, shards = lab.new("gone"), lab.folder / "shards that go"
     shutil.copytree(lab.settings["data.shards"], shards)
-    run = Run(lab.config(data__shards=str(shards), train__steps=500, train__max_skipped=3, checkpoint__every=1, checkpoint__last=2), folder).reach(3)
+    run = Run(
+        lab.config(
+            data__shards=str(shards),
+            train__steps=500,
+            train__max_skipped=3,
+            checkpoint__every=1,
+            checkpoint__last=2,
+        ),
+        folder,
+    ).reach(3)
     for tar in shards.glob("train-*.tar"):
         tar.unlink()
-    assert run.wait() == [1, 1] and "3 steps in a row had to be left out" in run.said and "Traceback" not in run.said, run.said
+    assert (
+        run.wait() == [1, 1]
+        and "3 steps in a row had to be left out" in run.said
+        and "Traceback" not in run.said
+    ), run.said
     noted = rows(folder / "skipped.jsonl")
-    assert {x["why"] for x in noted} == {"none of its clips can be read, see bad_samples.jsonl"} and len(rows(folder / "bad_samples.jsonl")) > 12
+    assert {x["why"] for x in noted} == {
+        "none of its clips can be read, see bad_samples.jsonl"
+    } and len(rows(folder / "bad_samples.jsonl")) > 12
     assert steps(folder)[-1] < noted[0]["step"] + 3 and all(
-        t.isfinite().all() for t in load_file(folder / f"checkpoints/step-{steps(folder)[-1]}/model.safetensors").values()
+        t.isfinite().all()
+        for t in load_file(
+            folder / f"checkpoints/step-{steps(folder)[-1]}/model.safetensors"
+        ).values()
     )
     return f"from step {noted[0]['step']} on nothing was learnt, after 3 of them the end, at checkpoint {steps(folder)[-1]}"
 
 
 def loss_spike(lab: Lab) -> str:
     folder = lab.new("spike")
-    run = Run(lab.config(train__spike=3), folder, plant=At("Translator", "forward", "spike", rank=1, call=4))
+    run = Run(
+        lab.config(train__spike=3),
+        folder,
+        plant=At("Translator", "forward", "spike", rank=1, call=4),
+    )
     assert run.wait() == [0, 0], run.said
     noted, usual = rows(folder / "skipped.jsonl"), losses(lab.unbroken())
     assert [x["step"] for x in noted] == [4, 4] and "usual" in noted[0]["why"], noted
-    assert {s: x for s, x in losses(folder).items() if s < 4} == {s: x for s, x in usual.items() if s < 4} and set(usual) - set(losses(folder)) == {4}
+    assert {s: x for s, x in losses(folder).items() if s < 4} == {
+        s: x for s, x in usual.items() if s < 4
+    } and set(usual) - set(losses(folder)) == {4}
     return f"step 4 left out on both ranks: {noted[0]['why']}"
 
 
 def one_rank_signalled(lab: Lab, number: int = signal.SIGTERM) -> str:
-    folder, config = lab.new("signal"), lab.config(data__workers=1, train__steps=16, train__dev_every=16)
+    folder, config = (
+        lab.new("signal"),
+        lab.config(data__workers=1, train__steps=16, train__dev_every=16),
+    )
     run = Run(config, folder).reach(2)
     for child in children(run.ranks[1].pid):  # launchers signal a rank's whole group
         os.kill(child, number)
@@ -356,12 +506,25 @@ def one_rank_signalled(lab: Lab, number: int = signal.SIGTERM) -> str:
 def other_world_sizes(lab: Lab, stages: tuple[str, ...] = ("stage1", "stage2")) -> str:
     worst = 0.0
     for stage in stages:
-        same_losses = {"encoder__global_batch_norm": True, "light_t__dropout": 0, "llm__dropout": 0, "checkpoint__every": 1}
+        same_losses = {
+            "encoder__global_batch_norm": True,
+            "light_t__dropout": 0,
+            "llm__dropout": 0,
+            "checkpoint__every": 1,
+        }
         plain, folder = losses(lab.unbroken(stage, **same_losses)), lab.new("worlds")
         stage1 = lab.stage1(stage, **same_losses)
         for world_size, calls in ((2, 2), (1, 2), (4, None)):
-            zero = {"train__deepspeed": ZERO3} if stage == "stage2" and world_size > 1 else {}  # the stage of ZeRO may change as well
-            run = Run(lab.config(stage, **same_losses, **zero), folder, world_size, plant=calls and StopAfter(calls), stage1=stage1)
+            zero = (
+                {"train__deepspeed": ZERO3} if stage == "stage2" and world_size > 1 else {}
+            )  # the stage of ZeRO may change as well
+            run = Run(
+                lab.config(stage, **same_losses, **zero),
+                folder,
+                world_size,
+                plant=calls and StopAfter(calls),
+                stage1=stage1,
+            )
             assert set(run.wait()) == {75 if calls else 0}, run.said
         assert losses(folder).keys() == plain.keys()
         worst = max([worst, *(abs(losses(folder)[s] / plain[s] - 1) for s in plain)])
@@ -464,8 +627,20 @@ def main(names: list[str]) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder), Path(folder) / "shards", Path(folder) / "llm")
-        make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), Path(folder) / "shards", EncodeOptions(per_shard=10), {"name": "synthetic"})
-        pretrain([text for _, text in synthetic.sentences("text", 3000)], Path(folder) / "llm", layers=1, width=48, heads=2, steps=2)
+        make_shards(
+            synthetic.clips(train=24, dev=8, test=7, size=36),
+            Path(folder) / "shards",
+            EncodeOptions(per_shard=10),
+            {"name": "synthetic"},
+        )
+        pretrain(
+            [text for _, text in synthetic.sentences("text", 3000)],
+            Path(folder) / "llm",
+            layers=1,
+            width=48,
+            heads=2,
+            steps=2,
+        )
         for name, scenario in SCENARIOS.items():
             if names and not any(n in name for n in names):
                 continue

@@ -44,7 +44,26 @@ from flallm.data.worker_pool import TaskFailed, WorkerPool
 from flallm.utils import UserError, usable_cpus
 
 COUNT, SEED, TIMEOUT = 4000, 0, 30
-WORDS = [b"\0", b'"', b"\n", b"|", b"\t", b"\xff", b"\r", b"..", b"/", b",", b"\xed\xa0\x80", b"nan", b"1e400", b"-1", b"9" * 400, b"[" * 9000, b"null", b"{}"]
+WORDS = [
+    b"\0",
+    b'"',
+    b"\n",
+    b"|",
+    b"\t",
+    b"\xff",
+    b"\r",
+    b"..",
+    b"/",
+    b",",
+    b"\xed\xa0\x80",
+    b"nan",
+    b"1e400",
+    b"-1",
+    b"9" * 400,
+    b"[" * 9000,
+    b"null",
+    b"{}",
+]
 NUMBERS = [0, 1, 7, 2**15, 2**31 - 1, 2**31, 2**32 - 1]
 DECODE = decoder.DecodeOptions(36, 32, 4, 300, Augment(), 0)  # a loader's options
 
@@ -86,7 +105,15 @@ def spoil_boxes(data: bytes, rng: random.Random) -> bytes:
         at, end = open_boxes.pop()
         while at + 8 <= end and 8 <= (size := int.from_bytes(data[at : at + 4], "big")) <= end - at:
             boxes.append((at, at + size))
-            if data[at + 4 : at + 8] in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"udta", b"edts"):
+            if data[at + 4 : at + 8] in (
+                b"moov",
+                b"trak",
+                b"mdia",
+                b"minf",
+                b"stbl",
+                b"udta",
+                b"edts",
+            ):
                 open_boxes.append((at + 8, at + size))
             at += size
     (a, b), (c, d) = rng.choice(boxes), rng.choice(boxes)
@@ -99,7 +126,11 @@ def spoil_boxes(data: bytes, rng: random.Random) -> bytes:
         case 2:
             return data[:a] + data[c:d] + data[b:]
         case 3:
-            return data[:a] + rng.choice([*NUMBERS, b - a - 1, b - a + 1]).to_bytes(4, "big") + data[a + 4 :]
+            return (
+                data[:a]
+                + rng.choice([*NUMBERS, b - a - 1, b - a + 1]).to_bytes(4, "big")
+                + data[a + 4 :]
+            )
         case 4:
             return data[: a + 4] + data[c + 4 : c + 8] + data[a + 8 :]
         case _:
@@ -120,18 +151,46 @@ def spoil_tar(data: bytes, rng: random.Random) -> bytes:
         case 2:
             members[i], members[j] = members[j], members[i]
         case 3:
-            member.name = rng.choice(["../" + member.name, "/etc/" + member.name, "a.b.c", "\udcff.mp4", members[j][0].name, "x" * 200])
+            member.name = rng.choice(
+                [
+                    "../" + member.name,
+                    "/etc/" + member.name,
+                    "a.b.c",
+                    "\udcff.mp4",
+                    members[j][0].name,
+                    "x" * 200,
+                ]
+            )
         case 4:
-            member.type, member.linkname = rng.choice([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]), "/etc/passwd"
+            member.type, member.linkname = (
+                rng.choice(
+                    [
+                        tarfile.SYMTYPE,
+                        tarfile.LNKTYPE,
+                        tarfile.CHRTYPE,
+                        tarfile.FIFOTYPE,
+                        tarfile.DIRTYPE,
+                    ]
+                ),
+                "/etc/passwd",
+            )
         case 5:
             members[i] = member, content + bytes(rng.choice((1, 512, 10**5)))
             member.size = len(members[i][1])
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=rng.choice((tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))) as tar:
+    with tarfile.open(
+        fileobj=out,
+        mode="w",
+        format=rng.choice((tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)),
+    ) as tar:
         for member, content in members:
             with contextlib.suppress(ValueError):  # a name that this format cannot hold
                 tar.addfile(member, io.BytesIO(content))
-    return out.getvalue()[: len(data)].ljust(len(data), b"\0") if rng.random() < 0.7 else out.getvalue()
+    return (
+        out.getvalue()[: len(data)].ljust(len(data), b"\0")
+        if rng.random() < 0.7
+        else out.getvalue()
+    )
 
 
 def spoil_json(data: bytes, rng: random.Random) -> bytes:
@@ -139,13 +198,38 @@ def spoil_json(data: bytes, rng: random.Random) -> bytes:
     value = json.loads(data)
     holders = [value]
     for holder in holders:
-        holders += [x for x in (holder.values() if isinstance(holder, dict) else holder) if isinstance(x, dict | list) and x]
+        holders += [
+            x
+            for x in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(x, dict | list) and x
+        ]
     holder = rng.choice(holders)
     place = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
     if rng.random() < 0.2:
         del holder[place]
     else:
-        holder[place] = rng.choice([None, -1, 0, 3, 2**40, 10**30, 1e300, True, "", "x", "\0", "\ud800", "../..", [], [[]], {}, ["x"], {"x": 1}])
+        holder[place] = rng.choice(
+            [
+                None,
+                -1,
+                0,
+                3,
+                2**40,
+                10**30,
+                1e300,
+                True,
+                "",
+                "x",
+                "\0",
+                "\ud800",
+                "../..",
+                [],
+                [[]],
+                {},
+                ["x"],
+                {"x": 1},
+            ]
+        )
     return json.dumps(value).encode()
 
 
@@ -159,7 +243,10 @@ def spoil_safetensors(data: bytes, rng: random.Random) -> bytes:
             header = spoil(data[8 : 8 + size], rng)
             return struct.pack("<Q", len(header)) + header + data[8 + size :]
         case _:
-            return struct.pack("<Q", rng.choice([0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1])) + data[8:]
+            return (
+                struct.pack("<Q", rng.choice([0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1]))
+                + data[8:]
+            )
 
 
 def spoil_columns(path: Path, rng: random.Random) -> None:
@@ -171,12 +258,35 @@ def spoil_columns(path: Path, rng: random.Random) -> None:
     match rng.randrange(4):
         case 0:
             info = np.iinfo(column.dtype)
-            number = rng.choice([0, 1, 2, 100, 2**15, 2**31 - 1, 2**40, 2**62, -1, -(2**31), int(info.min), int(info.max)])
+            number = rng.choice(
+                [
+                    0,
+                    1,
+                    2,
+                    100,
+                    2**15,
+                    2**31 - 1,
+                    2**40,
+                    2**62,
+                    -1,
+                    -(2**31),
+                    int(info.min),
+                    int(info.max),
+                ]
+            )
             column[rng.randrange(len(column))] = min(max(number, info.min), info.max)
         case 1:
             rows[name] = column[:: rng.choice((-1, 2))].copy()
         case 2:
-            rows[name] = rng.choice([column.astype(np.float32), column.astype(np.int16), column[None], column[:0], np.roll(column, 1)])
+            rows[name] = rng.choice(
+                [
+                    column.astype(np.float32),
+                    column.astype(np.int16),
+                    column[None],
+                    column[:0],
+                    np.roll(column, 1),
+                ]
+            )
         case 3:
             del rows[name]
     save_file(rows, path, notes)
@@ -190,7 +300,9 @@ def samples(folder: Path) -> list:
     shards, found = Shards(folder, "dev"), []
     for number, length in enumerate(used_frames(shards.index["frames"], 4, 300)):
         out = np.zeros((length, 32, 32, 3), np.uint8)
-        key, text, cause = decoder.load(shards, DECODE, number, shards.row(number), (0, None)[number % 2], out)  # every other one augmented
+        key, text, cause = decoder.load(
+            shards, DECODE, number, shards.row(number), (0, None)[number % 2], out
+        )  # every other one augmented
         (key + text).encode()
         found.append(one_line(cause) if cause else (key, text, out.tobytes()))
     return found
@@ -203,7 +315,9 @@ def one_line(text: str) -> str:
 
 
 def right_or_cause(found: list, right: list) -> Counter:
-    assert all(isinstance(x, str) or x in right for x in found), "a sample is neither right nor left out"
+    assert all(isinstance(x, str) or x in right for x in found), (
+        "a sample is neither right nor left out"
+    )
     return Counter("cause" if isinstance(x, str) else "right" for x in found)
 
 
@@ -236,7 +350,9 @@ def sample(good: Path, folder: Path, rng: random.Random) -> Counter:
     linked(good / "shards", folder, name := "dev-000000.tar", table := "dev.index.safetensors")
     rows, data, n = load_file(folder / table), (folder / name).read_bytes(), rng.randrange(4)
     row = {column: int(rows[column][n]) for column in COLUMNS}
-    clip, meta = (data[row[f"{what}_offset"] :][: row[f"{what}_size"]] for what in ("video", "json"))
+    clip, meta = (
+        data[row[f"{what}_offset"] :][: row[f"{what}_size"]] for what in ("video", "json")
+    )
     if rng.random() < 0.3:
         meta = rng.choice((spoil, spoil_json))(meta, rng)
     else:
@@ -271,13 +387,19 @@ def dataset(good: Path, folder: Path, rng: random.Random) -> Counter:
     linked(good / "shards", folder, name := "dataset.json")
     (folder / name).write_bytes(rng.choice((spoil, spoil_json))((folder / name).read_bytes(), rng))
     if rng.random() < 0.3:
-        make_shards(synthetic_clips(), folder, EncodeOptions(per_shard=4), {"name": "fuzz"}, 1)  # all are there: nothing is made
+        make_shards(
+            synthetic_clips(), folder, EncodeOptions(per_shard=4), {"name": "fuzz"}, 1
+        )  # all are there: nothing is made
     return right_or_cause(samples(folder), right(good))
 
 
 def unjoined(good: Path, folder: Path, rng: random.Random) -> Counter:
     """What parts leave behind, joined."""
-    linked(good / "parts", folder, *(spoilt := [p.name for p in (good / "parts").iterdir() if p.suffix in (".rows", ".part")]))
+    linked(
+        good / "parts",
+        folder,
+        *(spoilt := [p.name for p in (good / "parts").iterdir() if p.suffix in (".rows", ".part")]),
+    )
     path = folder / rng.choice(sorted(spoilt))
     if path.suffix == ".part":
         path.write_bytes(rng.choice((spoil, spoil_json))(path.read_bytes(), rng))
@@ -294,10 +416,15 @@ def media(good: Path, folder: Path, rng: random.Random) -> Counter:
     source = rng.choice(sorted((good / "videos").iterdir()))
     data = source.read_bytes()
     path = folder / source.name
-    path.write_bytes(spoil_boxes(data, rng) if source.suffix in (".mp4", ".mov") and rng.random() < 0.5 else spoil(data, rng))
+    path.write_bytes(
+        spoil_boxes(data, rng)
+        if source.suffix in (".mp4", ".mov") and rng.random() < 0.5
+        else spoil(data, rng)
+    )
     cut = rng.choice([(), (), (0.2, 0.8), (0.5, None)])
     result = _encode_or_cause(
-        Clip("k", "train", "t", VideoFile(str(path), *cut)), EncodeOptions(short_side=rng.choice((32, 256)), fps=rng.choice((None, None, 10)))
+        Clip("k", "train", "t", VideoFile(str(path), *cut)),
+        EncodeOptions(short_side=rng.choice((32, 256)), fps=rng.choice((None, None, 10))),
     )
     if isinstance(result, str):
         one_line(result)
@@ -309,7 +436,9 @@ def media(good: Path, folder: Path, rng: random.Random) -> Counter:
     except DECODE_ERRORS as error:
         one_line(str(error))
         return Counter({"cause, found by the loader": 1})
-    assert np.array_equal(frames, every_frame(clip, 36, 4, 300)), "the loader's short way gives other frames"
+    assert np.array_equal(frames, every_frame(clip, 36, 4, 300)), (
+        "the loader's short way gives other frames"
+    )
     return Counter(right=1)
 
 
@@ -317,12 +446,18 @@ TABLES: dict[str, Callable[[Path], Iterator]] = {
     "csl/sentence_label/csl2020ct_v2.pkl": lambda root: csl_daily.clips(root / "csl"),
     "csl/sentence_label/split_1.txt": lambda root: csl_daily.clips(root / "csl"),
     "csl-map/sentence_label/video_map.txt": lambda root: csl_daily.clips(root / "csl-map"),
-    "how2sign/how2sign_realigned_val.csv": lambda root: how2sign.clips(root / "how2sign", root / "how2sign", False),
-    "phoenix/annotations/manual/PHOENIX-2014-T.dev.corpus.csv": lambda root: phoenix14t.clips(root / "phoenix"),
+    "how2sign/how2sign_realigned_val.csv": lambda root: how2sign.clips(
+        root / "how2sign", root / "how2sign", False
+    ),
+    "phoenix/annotations/manual/PHOENIX-2014-T.dev.corpus.csv": lambda root: phoenix14t.clips(
+        root / "phoenix"
+    ),
     "labels/labels.train": lambda root: labels.clips(root / "labels", root / "images"),
     "labels-gz/labels.dev": lambda root: labels.clips(root / "labels-gz", root / "images"),
     "labels-0/labels.dev": lambda root: labels.clips(root / "labels-0", root / "images"),
-    "labels-hostile/labels.dev": lambda root: labels.clips(root / "labels-hostile", root / "images"),
+    "labels-hostile/labels.dev": lambda root: labels.clips(
+        root / "labels-hostile", root / "images"
+    ),
     "manifest.csv": lambda root: manifest.clips(root / "manifest.csv", root),
     "manifest.tsv": lambda root: manifest.clips(root / "manifest.tsv", root),
     "manifest.jsonl": lambda root: manifest.clips(root / "manifest.jsonl", root),
@@ -362,7 +497,9 @@ def table(good: Path, folder: Path, rng: random.Random) -> Counter:
             found["cause"] += 1
     if name.startswith(("how2sign", "phoenix")):
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
-        assert lines == sum(bool(line.strip()) for line in text.split("\n")[1:]), "a row gives neither a clip nor a cause"
+        assert lines == sum(bool(line.strip()) for line in text.split("\n")[1:]), (
+            "a row gives neither a clip nor a cause"
+        )
     return found
 
 
@@ -394,13 +531,28 @@ class Hostile:
         return os.system, (f"touch {self.path}",)
 
 
-def write_video(path: Path, codec: str, size: tuple[int, int] = (64, 48), frames: int = 30, rate: int = 25, **options: str) -> None:
+def write_video(
+    path: Path,
+    codec: str,
+    size: tuple[int, int] = (64, 48),
+    frames: int = 30,
+    rate: int = 25,
+    **options: str,
+) -> None:
     container_options = options.pop("container", {})
-    image = np.random.default_rng(0).integers(0, 255, (size[1] // 4, size[0] // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    image = (
+        np.random.default_rng(0)
+        .integers(0, 255, (size[1] // 4, size[0] // 4, 3), np.uint8)
+        .repeat(4, 0)
+        .repeat(4, 1)
+    )
     with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height = image.shape[1], image.shape[0]
-        stream.pix_fmt, stream.options = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p"), options
+        stream.pix_fmt, stream.options = (
+            {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p"),
+            options,
+        )
         for i in range(frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(image, i, 1), "rgb24")))
         container.mux(stream.encode())
@@ -410,12 +562,24 @@ def prepare(good: Path, odd: Path | None = None) -> None:
     """The good files: shards, parts that are not joined, videos of many kinds, tables of every corpus. `odd`: a folder of further videos."""
     make_shards(synthetic_clips(), good / "shards", EncodeOptions(per_shard=4), {"name": "fuzz"}, 2)
     for i in range(2):
-        make_shards(synthetic_clips(), good / "parts", EncodeOptions(per_shard=4), {"name": "fuzz"}, 1, (i, 2))
+        make_shards(
+            synthetic_clips(),
+            good / "parts",
+            EncodeOptions(per_shard=4),
+            {"name": "fuzz"},
+            1,
+            (i, 2),
+        )
     videos, tables = good / "videos", good / "tables"
     videos.mkdir()
     (videos / "ours.mp4").write_bytes(encode(synthetic_clips()[1], EncodeOptions())[0])
     write_video(videos / "plain.mp4", "libx264")
-    write_video(videos / "fragmented.mp4", "libx264", container={"movflags": "frag_keyframe+empty_moov"}, g="8")
+    write_video(
+        videos / "fragmented.mp4",
+        "libx264",
+        container={"movflags": "frag_keyframe+empty_moov"},
+        g="8",
+    )
     write_video(videos / "a.mov", "mpeg4", bf="2")
     write_video(videos / "a.mkv", "libx265", **{"x265-params": "log-level=none"})
     write_video(videos / "a.webm", "libvpx-vp9", **{"deadline": "realtime", "cpu-used": "8"})
@@ -426,7 +590,12 @@ def prepare(good: Path, odd: Path | None = None) -> None:
         (videos / path.name).write_bytes(path.read_bytes())
 
     csl, maps, h2s, phoenix = (tables / name for name in ("csl", "csl-map", "how2sign", "phoenix"))
-    for folder in (csl / "sentence_label", maps / "sentence_label", h2s, phoenix / "annotations/manual"):
+    for folder in (
+        csl / "sentence_label",
+        maps / "sentence_label",
+        h2s,
+        phoenix / "annotations/manual",
+    ):
         folder.mkdir(parents=True)
     for folder in (
         tables / "images/S0_P1",
@@ -440,32 +609,67 @@ def prepare(good: Path, odd: Path | None = None) -> None:
     for split in ("train", "test"):
         (phoenix / "features/fullFrame-210x260px" / split).mkdir()
     for folder in (csl, maps):
-        (folder / "sentence_label/split_1.txt").write_text("name|split\nS0_P1|train\nS1_P3|dev\nS2_P4|train\n")
-    info = [{"name": name, "signer": 1, "label_gloss": ["今天", "好"], "label_char": [*"今天很好?"]} for name in ("S0_P1", "S1_P3", "S3_P3")]
-    (csl / "sentence_label/csl2020ct_v2.pkl").write_bytes(pickle.dumps({"info": info, "gloss_map": {"a": [(1, 2)]}}))
+        (folder / "sentence_label/split_1.txt").write_text(
+            "name|split\nS0_P1|train\nS1_P3|dev\nS2_P4|train\n"
+        )
+    info = [
+        {"name": name, "signer": 1, "label_gloss": ["今天", "好"], "label_char": [*"今天很好?"]}
+        for name in ("S0_P1", "S1_P3", "S3_P3")
+    ]
+    (csl / "sentence_label/csl2020ct_v2.pkl").write_bytes(
+        pickle.dumps({"info": info, "gloss_map": {"a": [(1, 2)]}})
+    )
     rows = [f"{i}|{row['name']}|4|今天 好|今 天 很 好|x|x" for i, row in enumerate(info)]
-    (maps / "sentence_label/video_map.txt").write_text("\n".join(["index|name|length|gloss|char|word|postag", *rows]))
+    (maps / "sentence_label/video_map.txt").write_text(
+        "\n".join(["index|name|length|gloss|char|word|postag", *rows])
+    )
     write_video(h2s / "v-rgb_front.mp4", "libx264")
-    rows = [f'v\tv-rgb_front\ts\tk{i}\t{i * 0.1}\t{i * 0.1 + 0.2}\tHe said "hi {i}' for i in range(4)]
+    rows = [
+        f'v\tv-rgb_front\ts\tk{i}\t{i * 0.1}\t{i * 0.1 + 0.2}\tHe said "hi {i}' for i in range(4)
+    ]
     for name in ("train", "val", "test"):
-        (h2s / f"how2sign_realigned_{name}.csv").write_text("\n".join(["\t".join(how2sign.HEADER), *(rows if name == "val" else [])]) + "\n")
+        (h2s / f"how2sign_realigned_{name}.csv").write_text(
+            "\n".join(["\t".join(how2sign.HEADER), *(rows if name == "val" else [])]) + "\n"
+        )
     for split in ("train", "dev", "test"):
         rows = [f"S{i}_P1|x|-1|-1|S|A B|ein text {i}" for i in range(3)] if split == "dev" else []
-        (phoenix / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv").write_text("\n".join(["|".join(phoenix14t.HEADER), *rows, ""]))
-    row = {"name": "dev/S0_P1", "text": "ein text", "gloss": "A B", "imgs_path": ["S0_P1/0.png", "S0_P1/1.png"]}
+        (phoenix / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv").write_text(
+            "\n".join(["|".join(phoenix14t.HEADER), *rows, ""])
+        )
+    row = {
+        "name": "dev/S0_P1",
+        "text": "ein text",
+        "gloss": "A B",
+        "imgs_path": ["S0_P1/0.png", "S0_P1/1.png"],
+    }
     for name, data in (
         ("labels/labels.train", pickle.dumps({"train/a": row, "b": {**row, "gloss": ("A",)}})),
-        ("labels-gz/labels.dev", gzip.compress(pickle.dumps([row, {"name": "S0_P1", "text": "x"}], protocol=2))),
+        (
+            "labels-gz/labels.dev",
+            gzip.compress(pickle.dumps([row, {"name": "S0_P1", "text": "x"}], protocol=2)),
+        ),
         ("labels-0/labels.dev", pickle.dumps([row, row], protocol=0)),
-        ("labels-hostile/labels.dev", pickle.dumps([row, Hostile(good / "owned"), {Hostile(good / "owned"): row}], protocol=4)),
+        (
+            "labels-hostile/labels.dev",
+            pickle.dumps(
+                [row, Hostile(good / "owned"), {Hostile(good / "owned"): row}], protocol=4
+            ),
+        ),
     ):
         (tables / name).parent.mkdir()
         (tables / name).write_bytes(data)
     columns = ("video", "text", "split", "start", "end", "key", "gloss")
-    rows = [("how2sign/v-rgb_front.mp4", "ein text", "dev", "0.1", "0.5", "a", "A B"), ("images/S0_P1", "ä", "train", "", "", "b", "")]
+    rows = [
+        ("how2sign/v-rgb_front.mp4", "ein text", "dev", "0.1", "0.5", "a", "A B"),
+        ("images/S0_P1", "ä", "train", "", "", "b", ""),
+    ]
     for suffix, separator in (("csv", ","), ("tsv", "\t")):
-        (tables / f"manifest.{suffix}").write_text("".join(separator.join(row) + "\n" for row in [columns, *rows]))
-    (tables / "manifest.jsonl").write_text("".join(json.dumps({k: v for k, v in zip(columns, row) if v}) + "\n" for row in rows))
+        (tables / f"manifest.{suffix}").write_text(
+            "".join(separator.join(row) + "\n" for row in [columns, *rows])
+        )
+    (tables / "manifest.jsonl").write_text(
+        "".join(json.dumps({k: v for k, v in zip(columns, row) if v}) + "\n" for row in rows)
+    )
 
 
 def run(kind: str, good: str, seed: int, number: int) -> Counter | str:
@@ -475,22 +679,34 @@ def run(kind: str, good: str, seed: int, number: int) -> Counter | str:
         try:
             return KINDS[kind](Path(good), Path(folder), rng)
         except UserError as error:
-            return Counter({"UserError": 1}) if "\n" not in str(error) else f"more than a line: {error}"
+            return (
+                Counter({"UserError": 1})
+                if "\n" not in str(error)
+                else f"more than a line: {error}"
+            )
         except Exception:
             return traceback.format_exc()
 
 
-def fuzz(count: int, seed: int, good: Path, processes: int = usable_cpus()) -> tuple[dict[str, Counter], list[str]]:
+def fuzz(
+    count: int, seed: int, good: Path, processes: int = usable_cpus()
+) -> tuple[dict[str, Counter], list[str]]:
     """({kind: how many ended how}, failures)"""
     outcomes, failures, names = defaultdict(Counter), [], list(KINDS)
     with WorkerPool(processes, "flallm.data.decoding") as workers:
         waiting = [(n, names[n % len(names)]) for n in range(count)]
-        results = [workers.submit(run, kind, str(good), seed, n, timeout=TIMEOUT) for n, kind in waiting]
+        results = [
+            workers.submit(run, kind, str(good), seed, n, timeout=TIMEOUT) for n, kind in waiting
+        ]
         for (n, kind), result in zip(waiting, results):
             try:
                 ended = result()
             except TaskFailed as cause:
-                ended = Counter({"lost its worker": 1}) if kind in IN_WORKERS else f"not survived: {cause}"
+                ended = (
+                    Counter({"lost its worker": 1})
+                    if kind in IN_WORKERS
+                    else f"not survived: {cause}"
+                )
             if isinstance(ended, str):
                 failures.append(f"{kind}, input {n} of seed {seed}: {ended}")
             else:
@@ -509,5 +725,7 @@ if __name__ == "__main__":
     for kind, ended in outcomes.items():
         print(f"{kind}: " + ", ".join(f"{number} {how}" for how, number in ended.items()))
     print(*failures, sep="\n")
-    print(f"{sum(ended['inputs'] for ended in outcomes.values())} inputs ended as they must, {len(failures)} did not")
+    print(
+        f"{sum(ended['inputs'] for ended in outcomes.values())} inputs ended as they must, {len(failures)} did not"
+    )
     sys.exit(bool(failures))

@@ -3,13 +3,24 @@
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MBartConfig, MBartForConditionalGeneration, MT5Config, MT5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
+)
 
 from flallm.data.corpora import synthetic
 from flallm.demo.pretrain import make_tokenizer
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 2}
-HALF = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 64))}
+HALF = {
+    f"{side}_{what}": n
+    for side in ("encoder", "decoder")
+    for what, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 64))
+}
 KINDS = {
     "mbart": (MBartForConditionalGeneration, MBartConfig, {"d_model": 32, "scale_embedding": True, "pad_token_id": 1, "decoder_start_token_id": 0, **HALF}),
     "mt5": (MT5ForConditionalGeneration, MT5Config, {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "pad_token_id": 1, "decoder_start_token_id": 1}),

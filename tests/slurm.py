@@ -66,8 +66,15 @@ class Cluster:
             SlurmdParameters=config_overrides
             """
         rows = [line.strip() for line in settings.strip().splitlines()]
-        rows += [f"NodeName={n} NodeHostname={n} NodeAddr=127.0.0.1 Port={p} CPUs=16 RealMemory=1000000" for n, p in zip(self.names, ports[2:])]
-        (self.folder / "slurm.conf").write_text("\n".join([*rows, "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""]))
+        rows += [
+            f"NodeName={n} NodeHostname={n} NodeAddr=127.0.0.1 Port={p} CPUs=16 RealMemory=1000000"
+            for n, p in zip(self.names, ports[2:])
+        ]
+        (self.folder / "slurm.conf").write_text(
+            "\n".join(
+                [*rows, "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""]
+            )
+        )
         (self.folder / "plugstack.conf").write_text("")
         key = self.folder / "munge/key"
         key.write_bytes(os.urandom(128))
@@ -91,7 +98,9 @@ class Cluster:
 
     def _start(self, program: str, *arguments: str, name: str = "") -> None:
         with open(self.folder / "daemons.log", "a") as log:
-            self.daemons[name or program] = subprocess.Popen([shutil.which(program, path=PATH), *arguments], env=self.env, stdout=log, stderr=log)
+            self.daemons[name or program] = subprocess.Popen(
+                [shutil.which(program, path=PATH), *arguments], env=self.env, stdout=log, stderr=log
+            )
 
     def start_node(self, name: str) -> None:
         self._start("slurmd", "-D", "-N", name, name=name)
@@ -101,9 +110,17 @@ class Cluster:
         if daemon := self.daemons.pop(name, None):
             daemon.kill()
             daemon.wait()
-            own = [p for p, env in processes().items() if env.get("SLURMD_NODENAME") == name and env.get("SLURM_CONF") == self.env["SLURM_CONF"]]
+            own = [
+                p
+                for p, env in processes().items()
+                if env.get("SLURMD_NODENAME") == name
+                and env.get("SLURM_CONF") == self.env["SLURM_CONF"]
+            ]
             parents = {parent_of(p) for p in own}
-            for process in [*(p for p in parents if command(p).startswith("slurmstepd")), *own]:  # the former first: they would report the end
+            for process in [
+                *(p for p in parents if command(p).startswith("slurmstepd")),
+                *own,
+            ]:  # the former first: they would report the end
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
 
@@ -113,7 +130,10 @@ class Cluster:
         return done.stdout
 
     def wait_until_idle(self) -> None:
-        wait_for(lambda: self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == self.names, "idle nodes")
+        wait_for(
+            lambda: self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == self.names,
+            "idle nodes",
+        )
 
     def job(self, number: str) -> dict[str, str]:
         words = self.ask("scontrol", "-o", "show", "job", number).split()

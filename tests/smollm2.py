@@ -22,7 +22,9 @@ from flallm.training.train import train
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "smollm2"
-    subprocess.run([sys.executable, Path(__file__).parents[1] / "tools/make_smollm2.py", folder], check=True)
+    subprocess.run(
+        [sys.executable, Path(__file__).parents[1] / "tools/make_smollm2.py", folder], check=True
+    )
     return folder
 
 
@@ -34,12 +36,18 @@ def both_stages(first: cfg.Config, second: cfg.Config, out: Path) -> None:
 
 
 def test_the_folder_holds_the_pretrained_model(smollm2):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(smollm2),
+        AutoTokenizer.from_pretrained(smollm2),
+    )
     asked = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         said = tokenizer.decode(model.generate(**asked, max_new_tokens=3, do_sample=False)[0])
     assert "Paris" in said
-    assert 134e6 < sum(p.numel() for p in model.parameters()) < 136e6 and model.config.num_key_value_heads == 3  # grouped queries
+    assert (
+        134e6 < sum(p.numel() for p in model.parameters()) < 136e6
+        and model.config.num_key_value_heads == 3
+    )  # grouped queries
 
 
 def test_its_recipe_trains_low_rank_updates_and_speaks(shards, smollm2, tmp_path):
@@ -48,7 +56,10 @@ def test_its_recipe_trains_low_rank_updates_and_speaks(shards, smollm2, tmp_path
     first = cfg.load("smollm2", "stage1", {**at, **short, "train.steps": 1, "train.pool": 1})
     second = cfg.load("smollm2", "stage2", {**at, **short, "train.steps": 6, "train.pool": 1})
     spawn(both_stages, 1, first, second, tmp_path)
-    losses = [json.loads(line).get("loss") for line in (tmp_path / "stage2/metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line).get("loss")
+        for line in (tmp_path / "stage2/metrics.jsonl").read_text().splitlines()
+    ]
     losses = [loss for loss in losses if loss]
     assert losses[-1] < losses[0] < 12
     with safe_open(best_checkpoint(tmp_path / "stage2") / "model.safetensors", "pt") as weights:

@@ -20,7 +20,11 @@ def pretrain(text: str, *, out: str, steps: str = "800") -> cli.DeferredCommand:
     def work() -> None:
         from flallm.demo.pretrain import pretrain
 
-        sentences = [line.strip() for line in read_text(Path(text), "a sentence a line was expected there").splitlines() if line.strip()]
+        sentences = [
+            line.strip()
+            for line in read_text(Path(text), "a sentence a line was expected there").splitlines()
+            if line.strip()
+        ]
         pretrain(sentences, Path(out), steps=number)
 
     return cli.DeferredCommand(work)

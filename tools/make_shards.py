@@ -54,23 +54,45 @@ def synthetic(
     if preset not in synthetic.PRESETS:
         raise UserError(f"--preset: {preset!r} is none of {', '.join(synthetic.PRESETS)}")
     given = dict(dial.partition("=")[::2] for dial in re.split(r",(?=\w+=)", dials) if dial)
-    turned = config.from_dict(synthetic.CorpusConfig, vars(synthetic.PRESETS[preset]) | given, "--dials")
+    turned = config.from_dict(
+        synthetic.CorpusConfig, vars(synthetic.PRESETS[preset]) | given, "--dials"
+    )
     counts = dict(zip(("train", "dev", "test"), turned.clips))
-    counts |= {name: cli.parse_int(name, value) for name, value in (("train", train), ("dev", dev), ("test", test)) if value is not None}
-    numbers = {"seed": cli.parse_int("seed", seed), **counts, "size": cli.parse_int("size", size, 16)}
+    counts |= {
+        name: cli.parse_int(name, value)
+        for name, value in (("train", train), ("dev", dev), ("test", test))
+        if value is not None
+    }
+    numbers = {
+        "seed": cli.parse_int("seed", seed),
+        **counts,
+        "size": cli.parse_int("size", size, 16),
+    }
     if numbers["size"] > 1024:
         raise UserError(f"--size: {size} is over 1024 pixels")
 
     def text() -> Iterator[str]:
-        return (sentence for _, sentence in synthetic.sentences("text", turned.sentences, numbers["seed"], turned))
+        return (
+            sentence
+            for _, sentence in synthetic.sentences(
+                "text", turned.sentences, numbers["seed"], turned
+            )
+        )
 
     corpus = {"name": "synthetic", **numbers}
     if turned != synthetic.DEMO:
-        corpus |= {"preset": preset, "dials": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(turned).items()}}
+        corpus |= {
+            "preset": preset,
+            "dials": {
+                name: list(v) if isinstance(v, tuple) else v for name, v in vars(turned).items()
+            },
+        }
     return _job(lambda: synthetic.clips(**numbers, dials=turned), out, options, corpus, text)
 
 
-def manifest(table: str, *, out: str, root: str | None = None, **options: str) -> cli.DeferredCommand:
+def manifest(
+    table: str, *, out: str, root: str | None = None, **options: str
+) -> cli.DeferredCommand:
     """Any data set: a table of videos (or folders of frames) and their texts.
 
     Args:
@@ -81,7 +103,12 @@ def manifest(table: str, *, out: str, root: str | None = None, **options: str) -
     """
     from flallm.data.corpora import manifest
 
-    return _job(lambda: manifest.clips(Path(table), Path(root) if root else Path(table).parent), out, options, {"name": "manifest", "table": Path(table).name})
+    return _job(
+        lambda: manifest.clips(Path(table), Path(root) if root else Path(table).parent),
+        out,
+        options,
+        {"name": "manifest", "table": Path(table).name},
+    )
 
 
 def phoenix14t(release: str, *, out: str, **options: str) -> cli.DeferredCommand:
@@ -110,7 +137,9 @@ def csl_daily(root: str, *, out: str, **options: str) -> cli.DeferredCommand:
     return _job(lambda: csl_daily.clips(Path(root)), out, options, {"name": "csl-daily"})
 
 
-def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | None = None, **options: str) -> cli.DeferredCommand:
+def how2sign(
+    tables: str, *, out: str, videos: str | None = None, precut: str | None = None, **options: str
+) -> cli.DeferredCommand:
     """How2Sign: its re-aligned sentences, cut out of the full videos; or the published clips, which were cut at other times.
 
     Args:
@@ -123,8 +152,14 @@ def how2sign(tables: str, *, out: str, videos: str | None = None, precut: str | 
     from flallm.data.corpora import how2sign
 
     if (videos is None) == (precut is None):
-        raise UserError("how2sign: either --videos=DIR of the full videos or --precut=DIR of the published clips is needed")
-    times = "re-aligned" if videos else "original: the published clips' own, which differ from the re-aligned times of the tables"
+        raise UserError(
+            "how2sign: either --videos=DIR of the full videos or --precut=DIR of the published clips is needed"
+        )
+    times = (
+        "re-aligned"
+        if videos
+        else "original: the published clips' own, which differ from the re-aligned times of the tables"
+    )
 
     def clips():
         print(f"times: {times}")
@@ -147,7 +182,9 @@ def labels(folder: str, *, root: str, out: str, **options: str) -> cli.DeferredC
     return _job(lambda: labels.clips(Path(folder), Path(root)), out, options, {"name": "labels"})
 
 
-def verify(folder: str, *, split: str | None = None, processes: str | None = None) -> cli.DeferredCommand:
+def verify(
+    folder: str, *, split: str | None = None, processes: str | None = None
+) -> cli.DeferredCommand:
     """Reads every sample back: checksums, all frames, keys, and that the tars hold what the index says. Exit code 1 where something is wrong.
 
     Args:
@@ -161,7 +198,11 @@ def verify(folder: str, *, split: str | None = None, processes: str | None = Non
         from flallm.data.verify import verify
 
         problems = 0
-        for line in verify(folder, [split] if split else splits_of(folder), cli.parse_int("processes", processes, 1) if processes else usable_cpus()):
+        for line in verify(
+            folder,
+            [split] if split else splits_of(folder),
+            cli.parse_int("processes", processes, 1) if processes else usable_cpus(),
+        ):
             print(line)
             problems += 1
         print(f"{problems} problems" if problems else "all samples are as the index says")
@@ -177,21 +218,40 @@ def _part(value: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[[], Iterator[str]] | None = None) -> cli.DeferredCommand:
+def _job(
+    clips,
+    out: str,
+    options: dict[str, str],
+    corpus: dict,
+    text: Callable[[], Iterator[str]] | None = None,
+) -> cli.DeferredCommand:
     processes, part = options.pop("processes", None), _part(options.pop("part", "0/1"))
     encoding = config.from_options(EncodeOptions, options)
 
     def work() -> None:
         found: Iterable[Clip | SkippedClip] = clips()
-        dataset = make_shards(found, out, encoding, corpus, cli.parse_int("processes", processes, 1) if processes else None, part)
+        dataset = make_shards(
+            found,
+            out,
+            encoding,
+            corpus,
+            cli.parse_int("processes", processes, 1) if processes else None,
+            part,
+        )
         if not dataset:
-            print(f"part {part[0]} of {part[1]} is made; when all are, the same command without --part joins them")
+            print(
+                f"part {part[0]} of {part[1]} is made; when all are, the same command without --part joins them"
+            )
             return
         if text:
-            (Path(out) / "text.txt").write_text("".join(f"{sentence}\n" for sentence in text()), encoding="utf-8")
+            (Path(out) / "text.txt").write_text(
+                "".join(f"{sentence}\n" for sentence in text()), encoding="utf-8"
+            )
         for split, counts in dataset["splits"].items():
             print(f"{split}: {counts['clips']} clips, {counts['frames']} frames")
-        print(f"rows kept: sha256 {dataset['rows_sha256'][:16]}…, left out: {len(dataset['left_out'])}")
+        print(
+            f"rows kept: sha256 {dataset['rows_sha256'][:16]}…, left out: {len(dataset['left_out'])}"
+        )
         for row in dataset["left_out"][:10]:
             print(f"  {row['split']} {row['key']}: {row['cause']}")
         if len(dataset["left_out"]) > 10:
@@ -200,10 +260,19 @@ def _job(clips, out: str, options: dict[str, str], corpus: dict, text: Callable[
     return cli.DeferredCommand(work)
 
 
-COMMANDS = {f.__name__.replace("_", "-"): f for f in (synthetic, manifest, phoenix14t, csl_daily, how2sign, labels, verify)}
+COMMANDS = {
+    f.__name__.replace("_", "-"): f
+    for f in (synthetic, manifest, phoenix14t, csl_daily, how2sign, labels, verify)
+}
 
 if __name__ == "__main__":
     if sys.argv[1:] in ([], ["--help"]):
-        print(__doc__ + "\nCORPUS is one of these, each with --help: " + ", ".join(COMMANDS) + "\n" + ENCODING)
+        print(
+            __doc__
+            + "\nCORPUS is one of these, each with --help: "
+            + ", ".join(COMMANDS)
+            + "\n"
+            + ENCODING
+        )
         sys.exit(0)
     sys.exit(cli.run(COMMANDS, "make_shards.py"))

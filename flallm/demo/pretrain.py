@@ -44,7 +44,11 @@ def pretrain(
     tokenizer = make_tokenizer(sentences, vocabulary)
     shape = {}
     for side in ("encoder", "decoder"):
-        shape |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * width}
+        shape |= {
+            f"{side}_layers": layers,
+            f"{side}_attention_heads": heads,
+            f"{side}_ffn_dim": 4 * width,
+        }
     torch.manual_seed(seed)
     config = MBartConfig(
         vocab_size=len(tokenizer), d_model=width, max_position_embeddings=512, dropout=0.0, scale_embedding=True, bos_token_id=0, pad_token_id=1,
@@ -52,23 +56,39 @@ def pretrain(
     )  # fmt: skip
     model = MBartForConditionalGeneration(config).train()
     print(
-        f"language model: {model.num_parameters() / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(sentences)} sentences, {steps} steps", flush=True
+        f"language model: {model.num_parameters() / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(sentences)} sentences, {steps} steps",
+        flush=True,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     rng, began = np.random.default_rng(seed), time.monotonic()
     by_length = sorted(sentences, key=lambda s: (len(s.split()), rng.random()))
     for step in range(1, steps + 1):
-        first = rng.integers(0, max(1, len(by_length) - batch))  # neighbours in length: hardly any padding
+        first = rng.integers(
+            0, max(1, len(by_length) - batch)
+        )  # neighbours in length: hardly any padding
         picked = by_length[first : first + batch]
         source = tokenizer([noise(s, rng) for s in picked], add_special_tokens=False)["input_ids"]
         target = tokenizer(picked, add_special_tokens=False)["input_ids"]
         inputs = _padded([[*ids, 2] for ids in source], 1)
         labels = _padded([[*ids, 2] for ids in target], IGNORE_INDEX)
-        before = torch.cat([labels.new_zeros(len(labels), 1), labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, 1)], 1)
+        before = torch.cat(
+            [
+                labels.new_zeros(len(labels), 1),
+                labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, 1),
+            ],
+            1,
+        )
         with precision(Train(), torch.device("cpu")):
-            logits = model(input_ids=inputs, attention_mask=(inputs != 1).long(), decoder_input_ids=before, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX)
+            logits = model(
+                input_ids=inputs,
+                attention_mask=(inputs != 1).long(),
+                decoder_input_ids=before,
+                use_cache=False,
+            ).logits
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -76,7 +96,10 @@ def pretrain(
         schedule.step()
         if step % 200 == 0 or step == steps:
             left = (time.monotonic() - began) / step * (steps - step)
-            print(f"language model  step {step}/{steps}  loss {loss.item():.3f}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+            print(
+                f"language model  step {step}/{steps}  loss {loss.item():.3f}  {left // 60:.0f}:{left % 60:02.0f} left",
+                flush=True,
+            )
     part = out.with_name(out.name + ".part")
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
@@ -92,16 +115,28 @@ def make_tokenizer(sentences: list[str], vocabulary: int):
     model.normalizer = tokenizers.normalizers.NFKC()
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     model.decoder = tokenizers.decoders.Metaspace()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False
+    )
     model.train_from_iterator(sentences, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
 
 
 def noise(sentence: str, rng: np.random.Generator) -> str:
     """Half the time with the words moved by up to some places, then with spans of about 35 % of the words masked."""
     words = sentence.split()
     if rng.random() < 0.5:
-        words = [words[i] for i in np.argsort(np.arange(len(words)) + rng.uniform(0, len(words), len(words)))]
+        words = [
+            words[i]
+            for i in np.argsort(np.arange(len(words)) + rng.uniform(0, len(words), len(words)))
+        ]
     masked, i = [], 0
     while i < len(words):
         if rng.random() < 0.35 / 2:

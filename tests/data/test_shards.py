@@ -43,20 +43,52 @@ def digests(folder: Path) -> dict[str, str]:
 def test_shards_are_ordinary_webdataset(shards):
     """Read by plain webdataset, samples are as the contract says, and the index finds the same bytes."""
     ours = Shards(shards, "train")
-    for i, sample in enumerate(webdataset.WebDataset([str(p) for p in sorted(shards.glob("train-*.tar"))], shardshuffle=False)):
+    for i, sample in enumerate(
+        webdataset.WebDataset(
+            [str(p) for p in sorted(shards.glob("train-*.tar"))], shardshuffle=False
+        )
+    ):
         meta = json.loads(sample["json"])
-        assert {"key", "text", "gloss", "signer", "num_frames", "fps", "width", "height", "source"} == set(meta)
+        assert {
+            "key",
+            "text",
+            "gloss",
+            "signer",
+            "num_frames",
+            "fps",
+            "width",
+            "height",
+            "source",
+        } == set(meta)
         assert sample["__key__"] == meta["key"] and "." not in meta["key"]
         assert ours.read(i) == (sample["mp4"], meta)
-        assert (ours.index["frames"][i], ours.index["text_length"][i]) == (meta["num_frames"], len(meta["text"]))
+        assert (ours.index["frames"][i], ours.index["text_length"][i]) == (
+            meta["num_frames"],
+            len(meta["text"]),
+        )
     assert i + 1 == len(ours) == 24
-    assert {p.stat().st_mode & 0o777 for p in shards.glob("*.index.safetensors")} == {0o644}  # for all who share a cluster
+    assert {p.stat().st_mode & 0o777 for p in shards.glob("*.index.safetensors")} == {
+        0o644
+    }  # for all who share a cluster
 
 
 def test_a_killed_run_resumes_to_equal_bytes_on_a_terminal_too(tmp_path):
-    command = [sys.executable, TOOL, "synthetic", "--train=24", "--dev=4", "--test=4", "--size=36", "--per_shard=4"]
+    command = [
+        sys.executable,
+        TOOL,
+        "synthetic",
+        "--train=24",
+        "--dev=4",
+        "--test=4",
+        "--size=36",
+        "--per_shard=4",
+    ]
     subprocess.run([*command, f"--out={tmp_path / 'whole'}"], check=True, capture_output=True)
-    killed = subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], start_new_session=True, stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        [*command, f"--out={tmp_path / 'killed'}"],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
     while not list((tmp_path / "killed").glob("train-*.tar")):
         assert killed.poll() is None
         time.sleep(0.01)
@@ -65,7 +97,12 @@ def test_a_killed_run_resumes_to_equal_bytes_on_a_terminal_too(tmp_path):
     assert not (tmp_path / "killed/dataset.json").exists()
     screen, terminal = pty.openpty()  # where a progress bar is drawn, here at every clip
     termios.tcsetwinsize(terminal, (24, 80))
-    with subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL, stderr=terminal, env=os.environ | {"TQDM_MININTERVAL": "0"}):
+    with subprocess.Popen(
+        [*command, f"--out={tmp_path / 'killed'}"],
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env=os.environ | {"TQDM_MININTERVAL": "0"},
+    ):
         os.close(terminal)
         drawn = b""
         with contextlib.suppress(OSError):  # once nobody holds the terminal any more
@@ -80,39 +117,85 @@ def test_a_killed_run_resumes_to_equal_bytes_on_a_terminal_too(tmp_path):
 def test_parts_made_side_by_side_and_then_joined_are_the_same_bytes_as_in_one_go(tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video" * 100)
-    clips = [*synthetic.clips(train=9, dev=3, test=1, size=36), Clip("bad", "train", "text", VideoFile(str(bad)))]
+    clips = [
+        *synthetic.clips(train=9, dev=3, test=1, size=36),
+        Clip("bad", "train", "text", VideoFile(str(bad))),
+    ]
     whole = make_shards(clips, tmp_path / "whole", EncodeOptions(per_shard=3), {"name": "test"}, 2)
     parts = [tmp_path / "parts", EncodeOptions(per_shard=3), {"name": "test"}, 1]
     with ThreadPoolExecutor(3) as threads:
-        assert list(threads.map(lambda i: make_shards(clips, *parts, (i, 3)), range(3))) == [{}, {}, {}]
+        assert list(threads.map(lambda i: make_shards(clips, *parts, (i, 3)), range(3))) == [
+            {},
+            {},
+            {},
+        ]
     assert not (tmp_path / "parts/dataset.json").exists()
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.tar")}
-    assert make_shards(clips, *parts) == whole and [row["key"] for row in whole["left_out"]] == ["bad"]
+    assert make_shards(clips, *parts) == whole and [row["key"] for row in whole["left_out"]] == [
+        "bad"
+    ]
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
-    assert made == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.tar")}  # joining made none again
+    assert made == {
+        p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.tar")
+    }  # joining made none again
 
 
 def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video" * 100)
     good = next(synthetic.clips(train=1, dev=0, test=0, size=36))
-    clips = [good, Clip("bad", "train", "text", VideoFile(str(bad))), SkippedClip("mute", "train", "x.mp4", "has no text")]
+    clips = [
+        good,
+        Clip("bad", "train", "text", VideoFile(str(bad))),
+        SkippedClip("mute", "train", "x.mp4", "has no text"),
+    ]
     dataset = make_shards(clips, tmp_path / "out", EncodeOptions(), {"name": "test"}, processes=1)
     assert dataset["splits"]["train"]["clips"] == 1
     causes = {row["key"]: row["cause"] for row in dataset["left_out"]}
-    assert set(causes) == {"bad", "mute"} and causes["mute"] == "has no text" and "cannot be decoded" in causes["bad"]
+    assert (
+        set(causes) == {"bad", "mute"}
+        and causes["mute"] == "has no text"
+        and "cannot be decoded" in causes["bad"]
+    )
 
 
-def test_a_row_that_is_there_twice_is_kept_once_and_different_rows_of_one_key_are_all_named(tmp_path):
+def test_a_row_that_is_there_twice_is_kept_once_and_different_rows_of_one_key_are_all_named(
+    tmp_path,
+):
     first, second, third = synthetic.clips(train=3, dev=0, test=0, size=36)
     again = replace(first)  # equal, and not the same
-    dataset = make_shards([first, second, again, replace(first, split="dev")], tmp_path / "out", EncodeOptions(), {"name": "test"}, 1)
+    dataset = make_shards(
+        [first, second, again, replace(first, split="dev")],
+        tmp_path / "out",
+        EncodeOptions(),
+        {"name": "test"},
+        1,
+    )
     assert dataset["splits"]["train"]["clips"] == 2 and dataset["splits"]["dev"]["clips"] == 1
-    assert dataset["left_out"] == [{"key": first.key, "split": "train", "source": first.media.source, "cause": "is there twice: a row before it is equal"}]
+    assert dataset["left_out"] == [
+        {
+            "key": first.key,
+            "split": "train",
+            "source": first.media.source,
+            "cause": "is there twice: a row before it is equal",
+        }
+    ]
     videos = [VideoFile(f"{name}.mp4") for name in "xyz"]
-    rows = [Clip("a_b", "train", "text", videos[0]), Clip("a_b", "train", "text", videos[1]), Clip("c", "dev", "text", videos[2])]
-    with pytest.raises(UserError, match=r"one key, .*: train 'a_b' \(x.mp4, y.mp4\); dev 'c' \(z.mp4\)$"):
-        make_shards([*rows, replace(rows[2], text="other"), third], tmp_path / "clash", EncodeOptions(), {"name": "test"}, 1)
+    rows = [
+        Clip("a_b", "train", "text", videos[0]),
+        Clip("a_b", "train", "text", videos[1]),
+        Clip("c", "dev", "text", videos[2]),
+    ]
+    with pytest.raises(
+        UserError, match=r"one key, .*: train 'a_b' \(x.mp4, y.mp4\); dev 'c' \(z.mp4\)$"
+    ):
+        make_shards(
+            [*rows, replace(rows[2], text="other"), third],
+            tmp_path / "clash",
+            EncodeOptions(),
+            {"name": "test"},
+            1,
+        )
     assert not (tmp_path / "clash").exists()
 
 
@@ -122,30 +205,55 @@ TABLE = "video\ttext\tsplit\tkey\n"
 @pytest.fixture
 def table(tmp_path):
     """Makes shards of a table, as a command: of good.mp4, which can be encoded, and of bad.mp4, which cannot."""
-    (tmp_path / "good.mp4").write_bytes(encode(next(synthetic.clips(train=1, dev=0, test=0, size=36)), EncodeOptions())[0])
+    (tmp_path / "good.mp4").write_bytes(
+        encode(next(synthetic.clips(train=1, dev=0, test=0, size=36)), EncodeOptions())[0]
+    )
     (tmp_path / "bad.mp4").write_bytes(b"no video" * 100)
 
     def make(*rows: str) -> subprocess.CompletedProcess:
         lines = [f"{row.replace(' ', chr(9))}\t{number}" for number, row in enumerate(rows)]
         (tmp_path / "clips.tsv").write_text(TABLE + "\n".join(lines), encoding="utf-8")
-        return subprocess.run([sys.executable, TOOL, "manifest", tmp_path / "clips.tsv", f"--out={tmp_path / 'out'}"], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, TOOL, "manifest", tmp_path / "clips.tsv", f"--out={tmp_path / 'out'}"],
+            capture_output=True,
+            text=True,
+        )
 
     return make
 
 
-def test_usual_names_of_splits_are_taken_and_others_refused_before_a_clip_is_encoded(table, tmp_path):
+def test_usual_names_of_splits_are_taken_and_others_refused_before_a_clip_is_encoded(
+    table, tmp_path
+):
     for rows, said in (
-        (("good.mp4 x train", "good.mp4 x eval"), "row 2: unknown split 'eval': use train (or training), dev (or development, val, valid, validation), test"),
-        (("good.mp4 x train", "good.mp4 x val", "good.mp4 x dev"), "the splits val and dev would both be dev: give them one name"),
+        (
+            ("good.mp4 x train", "good.mp4 x eval"),
+            "row 2: unknown split 'eval': use train (or training), dev (or development, val, valid, validation), test",
+        ),
+        (
+            ("good.mp4 x train", "good.mp4 x val", "good.mp4 x dev"),
+            "the splits val and dev would both be dev: give them one name",
+        ),
     ):
         refused = table(*rows)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and said in refused.stderr
         assert not (tmp_path / "out").exists()
-    made = table("good.mp4 x Train", "good.mp4 x TRAIN", "good.mp4 x Validation", "good.mp4 x testing")
+    made = table(
+        "good.mp4 x Train", "good.mp4 x TRAIN", "good.mp4 x Validation", "good.mp4 x testing"
+    )
     assert made.returncode == 0, made.stderr
-    assert splits_of(tmp_path / "out") == ["train", "dev", "test"] and len(Shards(tmp_path / "out", "train")) == 2
+    assert (
+        splits_of(tmp_path / "out") == ["train", "dev", "test"]
+        and len(Shards(tmp_path / "out", "train")) == 2
+    )
     with pytest.raises(UserError, match="unknown split 'dve', 'tets': use train"):
-        make_shards([Clip(s, s, "text", VideoFile("x.mp4")) for s in ("train", "dve", "tets")], tmp_path / "other", EncodeOptions(), {"name": "test"}, 1)
+        make_shards(
+            [Clip(s, s, "text", VideoFile("x.mp4")) for s in ("train", "dve", "tets")],
+            tmp_path / "other",
+            EncodeOptions(),
+            {"name": "test"},
+            1,
+        )
 
 
 def test_a_split_of_which_no_clip_is_left_is_refused(table, tmp_path):
@@ -156,28 +264,59 @@ def test_a_split_of_which_no_clip_is_left_is_refused(table, tmp_path):
     assert not (tmp_path / "out").exists()
     rows = ("good.mp4 x train", "bad.mp4 x dev", "bad.mp4 x dev")
     bad = table(*rows)
-    assert bad.returncode == 2 and "split dev has no clip: its 2 rows are left out, 2 of them for this cause: cannot be decoded" in bad.stderr
+    assert (
+        bad.returncode == 2
+        and "split dev has no clip: its 2 rows are left out, 2 of them for this cause: cannot be decoded"
+        in bad.stderr
+    )
     assert not (tmp_path / "out/dataset.json").exists()
     (tmp_path / "bad.mp4").write_bytes((tmp_path / "good.mp4").read_bytes())
-    assert table(*rows).returncode == 0 and len(Shards(tmp_path / "out", "dev")) == 2  # the same command, once the file is mended
+    assert (
+        table(*rows).returncode == 0 and len(Shards(tmp_path / "out", "dev")) == 2
+    )  # the same command, once the file is mended
 
 
 def test_shards_with_a_split_without_clips_are_refused_before_they_are_used(copied, small, flallm):
     """Such as older versions made."""
-    empty = {name: column[:0] for name, column in load_file(copied / "test.index.safetensors").items()}
+    empty = {
+        name: column[:0] for name, column in load_file(copied / "test.index.safetensors").items()
+    }
     save_file(empty, copied / "train.index.safetensors")
     dataset = json.loads((copied / "dataset.json").read_text())
     dataset["splits"]["train"] = {"clips": 0, "frames": 0, "shard_bytes": []}
-    dataset["left_out"] = [{"key": "a", "split": "train", "source": "a.mp4", "cause": "cannot be decoded: x"}]
+    dataset["left_out"] = [
+        {"key": "a", "split": "train", "source": "a.mp4", "cause": "cannot be decoded: x"}
+    ]
     (copied / "dataset.json").write_text(json.dumps(dataset))
     line = f"{copied}: split train has no clip: its 1 rows are left out, 1 of them for this cause: cannot be decoded: x: make the shards again"
-    verified = subprocess.run([sys.executable, TOOL, "verify", copied], capture_output=True, text=True)
+    verified = subprocess.run(
+        [sys.executable, TOOL, "verify", copied], capture_output=True, text=True
+    )
     assert (verified.returncode, verified.stdout) == (2, "") and line in verified.stderr
-    states = {what: (state, said) for state, what, said in doctor._shards(small("stage1", {"data.shards": str(copied)}))}
-    assert states["data: train"][0] == "MISS" and line in states["data: train"][1] and states["data: dev"][0] == "OK"
-    for recipe in ("demo", "phoenix14t"):  # lengths that are published do not stand in for shards that are there
-        planned = flallm("plan", recipe, "--world_size=1", "--stage=stage1", f"--data.shards={copied}", cwd=copied)
-        assert planned.returncode == 2 and line in planned.stderr and planned.stderr.count("\n") == 1
+    states = {
+        what: (state, said)
+        for state, what, said in doctor._shards(small("stage1", {"data.shards": str(copied)}))
+    }
+    assert (
+        states["data: train"][0] == "MISS"
+        and line in states["data: train"][1]
+        and states["data: dev"][0] == "OK"
+    )
+    for recipe in (
+        "demo",
+        "phoenix14t",
+    ):  # lengths that are published do not stand in for shards that are there
+        planned = flallm(
+            "plan",
+            recipe,
+            "--world_size=1",
+            "--stage=stage1",
+            f"--data.shards={copied}",
+            cwd=copied,
+        )
+        assert (
+            planned.returncode == 2 and line in planned.stderr and planned.stderr.count("\n") == 1
+        )
     dataset["splits"] = {}
     (copied / "dataset.json").write_text(json.dumps(dataset))
     with pytest.raises(UserError, match="it has no split"):
@@ -186,7 +325,12 @@ def test_shards_with_a_split_without_clips_are_refused_before_they_are_used(copi
 
 def test_other_options_in_the_same_folder_are_refused(shards):
     with pytest.raises(UserError, match="other options"):
-        make_shards(synthetic.clips(train=24, dev=8, test=7, size=36), shards, EncodeOptions(crf=30, per_shard=10), {"name": "synthetic"})
+        make_shards(
+            synthetic.clips(train=24, dev=8, test=7, size=36),
+            shards,
+            EncodeOptions(crf=30, per_shard=10),
+            {"name": "synthetic"},
+        )
 
 
 @pytest.fixture
@@ -282,7 +426,9 @@ def alter(folder: Path, what: str) -> None:
     def change(tar, number, member, content):
         if what == "renamed member" and number == 1:
             member.name = "../" + member.name
-        if what == "member is a link" and number == last:  # over the same bytes, which the tar then holds as padding
+        if (
+            what == "member is a link" and number == last
+        ):  # over the same bytes, which the tar then holds as padding
             member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(member, io.BytesIO(content))
         if what == "extra member" and number == last:
@@ -329,10 +475,18 @@ def test_verify_is_a_command_with_exit_codes(copied):
     assert (good.returncode, good.stdout) == (0, "all samples are as the index says\n")
     flip(copied / "dev-000000.tar", int(Shards(copied, "dev").index["json_offset"][0]))
     bad = subprocess.run(command, capture_output=True, text=True)
-    assert bad.returncode == 1 and "sample 0 is not what the index says" in bad.stdout and bad.stdout.endswith("1 problems\n")
+    assert (
+        bad.returncode == 1
+        and "sample 0 is not what the index says" in bad.stdout
+        and bad.stdout.endswith("1 problems\n")
+    )
     spoil(copied, "missing shard")
     gone = subprocess.run(command, capture_output=True, text=True)
-    assert gone.returncode == 2 and gone.stderr.count("\n") == 1 and "dev-000000.tar is missing" in gone.stderr
+    assert (
+        gone.returncode == 2
+        and gone.stderr.count("\n") == 1
+        and "dev-000000.tar is missing" in gone.stderr
+    )
 
 
 class Images:
@@ -344,7 +498,10 @@ class Images:
         self.images = images
 
     def frames(self):
-        return Fraction(25), ((i / 25, av.VideoFrame.from_ndarray(image, "rgb24")) for i, image in enumerate(self.images))
+        return Fraction(25), (
+            (i / 25, av.VideoFrame.from_ndarray(image, "rgb24"))
+            for i, image in enumerate(self.images)
+        )
 
 
 def test_a_model_sees_red_green_and_blue_in_this_order_and_the_middle_of_the_frame():
@@ -352,18 +509,33 @@ def test_a_model_sees_red_green_and_blue_in_this_order_and_the_middle_of_the_fra
     image[:, :, 1] = 255  # green around, 8 wide; inside red at the left and blue at the right
     image[8:-8, 8:32], image[8:-8, 32:-8] = (255, 0, 0), (0, 0, 255)
     data, meta = encode(Clip("k", "train", "t", Images([image])), EncodeOptions())
-    (whole,) = frames = decode(data, 48, 4, 300, meta["num_frames"])  # squeezed: 8 of 64 columns are 6 of 48
+    (whole,) = frames = decode(
+        data, 48, 4, 300, meta["num_frames"]
+    )  # squeezed: 8 of 64 columns are 6 of 48
     (middle,) = centre_crop(frames, 30)
     assert whole.shape == (48, 48, 3) and middle.shape == (30, 30, 3)
-    for part, colour in ((whole[:6, :4], 1), (whole[-6:, -4:], 1), (middle[:, :13], 0), (middle[:, -13:], 2)):
+    for part, colour in (
+        (whole[:6, :4], 1),
+        (whole[-6:, -4:], 1),
+        (middle[:, :13], 0),
+        (middle[:, -13:], 2),
+    ):
         assert (part.argmax(-1) == colour).all() and part[..., colour].min() > 150
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 38, 97, 200])
 def test_reference_frames_are_every_fourth_frame(frames):
     """Passing over frames between reference frames gives the same pixels as decoding all and keeping every 4th."""
-    image = np.random.default_rng(frames).integers(0, 255, (4, 4, 3), np.uint8).repeat(16, 0).repeat(16, 1)
-    data, meta = encode(Clip("k", "train", "t", Images([np.roll(image, i, 1) for i in range(frames)])), EncodeOptions())
+    image = (
+        np.random.default_rng(frames)
+        .integers(0, 255, (4, 4, 3), np.uint8)
+        .repeat(16, 0)
+        .repeat(16, 1)
+    )
+    data, meta = encode(
+        Clip("k", "train", "t", Images([np.roll(image, i, 1) for i in range(frames)])),
+        EncodeOptions(),
+    )
     assert meta["num_frames"] == frames
     assert np.array_equal(decode(data, 48, 4, 300, frames), every_frame(data, 48, 4, 300))
 
@@ -374,10 +546,14 @@ def test_a_fitting_file_is_copied_and_a_large_one_made_smaller(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(data)
     assert encode(Clip("k", "train", "t", VideoFile(str(path))), EncodeOptions())[0] == data
-    _, meta = encode(Clip("k", "train", "t", VideoFile(str(path))), EncodeOptions(short_side=32, fps=12.5))
+    _, meta = encode(
+        Clip("k", "train", "t", VideoFile(str(path))), EncodeOptions(short_side=32, fps=12.5)
+    )
     assert (meta["width"], meta["height"], meta["fps"]) == (32, 32, 12.5)
     for option, value in (("short_side", 32), ("fps", 12.5)):  # one alone is enough
-        _, meta = encode(Clip("k", "train", "t", VideoFile(str(path))), EncodeOptions(**{option: value}))
+        _, meta = encode(
+            Clip("k", "train", "t", VideoFile(str(path))), EncodeOptions(**{option: value})
+        )
         assert meta[{"short_side": "height"}.get(option, option)] == value
     _part, meta = encode(Clip("k", "train", "t", VideoFile(str(path), 0.4, 0.8)), EncodeOptions())
     assert meta["num_frames"] == 10

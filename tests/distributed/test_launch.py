@@ -66,10 +66,14 @@ def environment(monkeypatch, tmp_path):
         (RANK | {"MASTER_ADDR": "node.invalid"}, "does not know 'node.invalid'"),
     ],
 )
-def test_a_rank_that_cannot_join_says_in_one_line_what_to_set(variables, message, environment, flallm, tmp_path):
+def test_a_rank_that_cannot_join_says_in_one_line_what_to_set(
+    variables, message, environment, flallm, tmp_path
+):
     environment(variables)
     result = flallm("evaluate", "run", cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr, (
+        result.stderr
+    )
 
 
 def test_a_port_that_is_taken_is_named_with_what_to_set(environment, flallm, tmp_path):
@@ -82,12 +86,18 @@ def test_a_port_that_is_taken_is_named_with_what_to_set(environment, flallm, tmp
     assert "address already in use" in result.stderr and "set it to a free port" in result.stderr
 
 
-def test_a_rank_whose_first_rank_does_not_come_ends_with_one_line_and_may_be_tried_again(environment, flallm, capsys, shards, tmp_path):
+def test_a_rank_whose_first_rank_does_not_come_ends_with_one_line_and_may_be_tried_again(
+    environment, flallm, capsys, shards, tmp_path
+):
     environment(RANK | {"RANK": "1", "MASTER_PORT": rendezvous()["MASTER_PORT"]})
     with pytest.raises(SystemExit) as left:
         flallm("stage1", "demo", f"--data.shards={shards}", "--train.timeout=1", cwd=tmp_path)
     said = capsys.readouterr().err
-    assert left.value.code == 1 and "rank 1 does not reach rank 0 at 127.0.0.1" in said and "Traceback" not in said
+    assert (
+        left.value.code == 1
+        and "rank 1 does not reach rank 0 at 127.0.0.1" in said
+        and "Traceback" not in said
+    )
 
 
 def test_a_number_of_tasks_that_slurm_shortens_is_no_mistake(environment, flallm, tmp_path):
@@ -120,7 +130,9 @@ def test_the_cores_of_a_process_are_those_that_it_may_use():
     program = [sys.executable, "-c", "from flallm.utils import usable_cpus; print(usable_cpus())"]
     environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
     bound = subprocess.run(["taskset", "-c", core, *program], env=environment, capture_output=True)
-    asked = subprocess.run(program, env=environment | {"SLURM_CPUS_PER_TASK": "1"}, capture_output=True)
+    asked = subprocess.run(
+        program, env=environment | {"SLURM_CPUS_PER_TASK": "1"}, capture_output=True
+    )
     assert bound.stdout == asked.stdout == b"1\n"
     assert usable_cpus(10_000) == 1
 
@@ -142,7 +154,9 @@ def test_the_cores_of_a_process_are_those_that_it_may_use():
         ),
     ],
 )
-def test_the_quota_of_control_groups_is_the_smallest_on_the_way_up(membership, limits, cores, tmp_path):
+def test_the_quota_of_control_groups_is_the_smallest_on_the_way_up(
+    membership, limits, cores, tmp_path
+):
     (tmp_path / "membership").write_text(f"{membership}\n")
     for name, value in limits.items():
         path = tmp_path / "mount" / name

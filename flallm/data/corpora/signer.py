@@ -106,8 +106,22 @@ class Signer:
 
 def make_signer(seed: int) -> Signer:
     rng = np.random.default_rng([seed, 77])
-    skins = [(255, 219, 190), (241, 194, 155), (224, 172, 125), (198, 134, 90), (141, 90, 58), (100, 62, 42)]
-    hairs = [(40, 30, 25), (90, 60, 35), (150, 105, 60), (215, 185, 110), (120, 120, 125), (150, 60, 35)]
+    skins = [
+        (255, 219, 190),
+        (241, 194, 155),
+        (224, 172, 125),
+        (198, 134, 90),
+        (141, 90, 58),
+        (100, 62, 42),
+    ]
+    hairs = [
+        (40, 30, 25),
+        (90, 60, 35),
+        (150, 105, 60),
+        (215, 185, 110),
+        (120, 120, 125),
+        (150, 60, 35),
+    ]
     skin = np.array(skins[rng.integers(len(skins))]) + rng.integers(-8, 9, 3)
     clothes = rng.integers(15, 130, 3)  # dark or strong, as in the studios: hands must stand out
     background = rng.integers(120, 236, 3)
@@ -157,7 +171,9 @@ def _perform(sign: Sign, signer: Signer, rng: np.random.Generator) -> np.ndarray
     for axis, way in moves.get(sign.movement, {}).items():
         right[:, axis] += way
     if sign.movement == "open":
-        right[:, 3:] = np.array(HANDSHAPES["fist"]) + t[:, None] * (right[:, 3:] - np.array(HANDSHAPES["fist"]))
+        right[:, 3:] = np.array(HANDSHAPES["fist"]) + t[:, None] * (
+            right[:, 3:] - np.array(HANDSHAPES["fist"])
+        )
     left = poses[:, LEFT : LEFT + HAND]
     if sign.hands == "both":
         left[:] = right
@@ -171,7 +187,9 @@ def _perform(sign: Sign, signer: Signer, rng: np.random.Generator) -> np.ndarray
     return poses
 
 
-def perform(signs: list[Sign], signer: Signer, rng: np.random.Generator, assimilation: float = 0.0) -> np.ndarray:
+def perform(
+    signs: list[Sign], signer: Signer, rng: np.random.Generator, assimilation: float = 0.0
+) -> np.ndarray:
     """A sentence as poses (T, POSE): rest, the signs with glides between them, rest.
 
     assimilation: the share of the way that the hands of a sign are drawn towards those of its neighbours, in place, orientation and shape; a second
@@ -192,7 +210,9 @@ def perform(signs: list[Sign], signer: Signer, rng: np.random.Generator, assimil
     return np.concatenate(parts)
 
 
-def render(poses: np.ndarray, signer: Signer, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def render(
+    poses: np.ndarray, signer: Signer, size: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
     """The poses as RGB frames (size, size, 3) uint8, with camera jitter and sensor noise."""
     canvas = _background(signer, size, rng)
     margin = (canvas.shape[0] - size) // 2
@@ -209,12 +229,20 @@ def render(poses: np.ndarray, signer: Signer, size: int, rng: np.random.Generato
 
 def _background(signer: Signer, size: int, rng: np.random.Generator) -> np.ndarray:
     side = size + 2 * max(2, round(0.04 * size))
-    light = np.linspace(1.06, 0.86, side)[:, None, None] * np.linspace(1.0, 0.94, side)[None, :, None]
+    light = (
+        np.linspace(1.06, 0.86, side)[:, None, None] * np.linspace(1.0, 0.94, side)[None, :, None]
+    )
     image = np.clip(np.array(signer.background) * light, 0, 255).astype(np.uint8)
     image = np.ascontiguousarray(image)
     x, y = rng.uniform(0, 0.25), rng.uniform(0, 0.3)
     corner = int(x * side), int(y * side)
-    cv2.rectangle(image, corner, (corner[0] + side // 6, corner[1] + side // 5), _shade(signer.background, 0.88), -1)
+    cv2.rectangle(
+        image,
+        corner,
+        (corner[0] + side // 6, corner[1] + side // 5),
+        _shade(signer.background, 0.88),
+        -1,
+    )
     return image
 
 
@@ -231,25 +259,58 @@ def _draw(frame: np.ndarray, pose: np.ndarray, signer: Signer, offset: np.ndarra
 
     skin, dark = signer.skin, _shade(signer.skin, 0.62)
     w, head = signer.shoulders, signer.head
-    torso = [(-0.05, -0.06), (0.05, -0.06), (w, 0.0), (w * 1.08, 0.1), (w * 0.85, 0.6), (-w * 0.85, 0.6), (-w * 1.08, 0.1), (-w, 0.0)]
+    torso = [
+        (-0.05, -0.06),
+        (0.05, -0.06),
+        (w, 0.0),
+        (w * 1.08, 0.1),
+        (w * 0.85, 0.6),
+        (-w * 0.85, 0.6),
+        (-w * 1.08, 0.1),
+        (-w, 0.0),
+    ]
     face = at(pose[HEAD], -0.06 - 1.12 * head)
     if signer.long_hair:
-        _ellipse(frame, face + s * np.array([0, 0.35 * head]), 1.12 * head * s, 1.35 * head * s, signer.hair)
+        _ellipse(
+            frame,
+            face + s * np.array([0, 0.35 * head]),
+            1.12 * head * s,
+            1.35 * head * s,
+            signer.hair,
+        )
     _line(frame, at(0, -0.14), at(0, -0.02), 0.085 * s, dark)  # neck
     _polygon(frame, [at(*p) for p in torso], signer.clothes)
-    _ellipse(frame, face - s * np.array([0, 0.22 * head]), 1.02 * head * s, 1.05 * head * s, signer.hair)
+    _ellipse(
+        frame, face - s * np.array([0, 0.22 * head]), 1.02 * head * s, 1.05 * head * s, signer.hair
+    )
     _ellipse(frame, face + s * np.array([0, 0.1 * head]), 0.86 * head * s, 1.05 * head * s, skin)
     turn = 0.6 * pose[HEAD]
     for side in (-1, 1):
         eye = face + s * np.array([0.36 * head * side + turn, -0.08 * head])
         _ellipse(frame, eye, 0.11 * head * s, 0.12 * head * s, (30, 25, 25))
         brow = eye - s * np.array([0, (0.28 + 0.2 * pose[BROWS]) * head])
-        _line(frame, brow - [0.16 * head * s, 0], [*brow, 0.16 * head * s, 0], 0.08 * head * s, signer.hair)
-    _line(frame, face + s * np.array([turn - 0.2 * head, 0.62 * head]), face + s * np.array([turn + 0.2 * head, 0.62 * head]), 0.1 * head * s, (170, 80, 80))
+        _line(
+            frame,
+            brow - [0.16 * head * s, 0],
+            [*brow, 0.16 * head * s, 0],
+            0.08 * head * s,
+            signer.hair,
+        )
+    _line(
+        frame,
+        face + s * np.array([turn - 0.2 * head, 0.62 * head]),
+        face + s * np.array([turn + 0.2 * head, 0.62 * head]),
+        0.1 * head * s,
+        (170, 80, 80),
+    )
     for side, hand in ((1, pose[LEFT : LEFT + HAND]), (-1, pose[:HAND])):
         shoulder, palm = at(side * w * 0.93, 0.04), at(hand[0], hand[1])
         angle = np.deg2rad(hand[2])
-        finger = np.array([-side * np.sin(angle), -np.cos(angle)]) if side < 0 else np.array([np.sin(angle), -np.cos(angle)])
+        finger = (
+            np.array([-side * np.sin(angle), -np.cos(angle)])
+            if side < 0
+            else np.array([np.sin(angle), -np.cos(angle)])
+        )
         wrist = palm - 0.9 * signer.hand * s * finger
         elbow = _elbow(shoulder, wrist, 0.25 * s, 0.25 * s, side)
         sleeve = _shade(signer.clothes, 0.8)
@@ -270,7 +331,10 @@ def _hand(frame, palm, finger, shape, radius, side, skin, dark) -> None:
         else:
             fan = (2.5 - k) * 0.42 * shape[5]
             direction = finger * np.cos(fan) + across * np.sin(fan)
-            base, length = palm + across * radius * 0.42 * (2.5 - k), radius * (0.75 + 1.55 * stretch)
+            base, length = (
+                palm + across * radius * 0.42 * (2.5 - k),
+                radius * (0.75 + 1.55 * stretch),
+            )
         tips.append((base, base + direction * length))
     edge = max(1.0, 0.22 * radius)
     for grow, colour in ((2 * edge, dark), (0, skin)):
@@ -310,4 +374,6 @@ def _ellipse(frame, centre, rx: float, ry: float, colour) -> None:
 
 
 def _polygon(frame, points, colour) -> None:
-    cv2.fillPoly(frame, [np.array([_fixed(p) for p in points], np.int32)], colour, cv2.LINE_AA, SHIFT)
+    cv2.fillPoly(
+        frame, [np.array([_fixed(p) for p in points], np.int32)], colour, cv2.LINE_AA, SHIFT
+    )

@@ -58,7 +58,9 @@ class CorpusConfig:
     """What makes the corpus hard. These are the demo's values."""
 
     many: bool = False  # all signs of `words.py`; the demo has the first of them
-    tail: float = 0.0  # words are as frequent as 1 / rank ** tail in their class (Zipf); 0: all alike
+    tail: float = (
+        0.0  # words are as frequent as 1 / rank ** tail in their class (Zipf); 0: all alike
+    )
     short: float = 0.4  # share of sentences of one or two signs
     joined: float = 0.0  # of the others, how many are two clauses: the reason is signed before BECAUSE, the condition after IF, both before what they are of
     paraphrase: float = 0.0  # how often a word is said in another way, or a time put first
@@ -74,12 +76,16 @@ class CorpusConfig:
             raise UserError("--dials: joined needs many, which has the signs that join clauses")
         for name, counts in (("signers", self.signers), ("clips", self.clips)):
             if len(counts) != 3 or min(counts) < 1:
-                raise UserError(f"--dials: {name}: three numbers are needed, of train, dev and test, each at least 1")
+                raise UserError(
+                    f"--dials: {name}: three numbers are needed, of train, dev and test, each at least 1"
+                )
 
 
 PRESETS = {
     "demo": CorpusConfig(),
-    "bench": CorpusConfig(True, 0.8, 0.3, 0.4, 0.3, 0.2, 0.25, 0.1, (24, 4, 8), (4800, 150, 400), 40_000),
+    "bench": CorpusConfig(
+        True, 0.8, 0.3, 0.4, 0.3, 0.2, 0.25, 0.1, (24, 4, 8), (4800, 150, 400), 40_000
+    ),
 }
 DEMO = PRESETS["demo"]
 
@@ -116,16 +122,32 @@ def _sentence(chance: Chance, split: str) -> tuple[list[str], str]:
     dials = chance.dials
     short = chance.often(dials.short)
     while True:
-        glosses, text = _short(chance) if short else _joined(chance) if dials.joined and chance.often(dials.joined) else _clause(chance)
+        glosses, text = (
+            _short(chance)
+            if short
+            else _joined(chance)
+            if dials.joined and chance.often(dials.joined)
+            else _clause(chance)
+        )
         if not short and split_of(glosses) != ("train" if split == "text" else split):
             continue
-        if dials.held_out and split == "train" and any(is_held_out(noun, other, dials) for noun, other in pairs(glosses)):
+        if (
+            dials.held_out
+            and split == "train"
+            and any(is_held_out(noun, other, dials) for noun, other in pairs(glosses))
+        ):
             continue
         return glosses, text
 
 
 def pairs(glosses: list[str]) -> list[tuple[str, str]]:
-    return [(noun, other) for noun in glosses if noun in NOUNS for other in glosses if other in VERBS or other in ADJECTIVES]
+    return [
+        (noun, other)
+        for noun in glosses
+        if noun in NOUNS
+        for other in glosses
+        if other in VERBS or other in ADJECTIVES
+    ]
 
 
 def is_held_out(noun: str, other: str, dials: CorpusConfig) -> bool:
@@ -134,14 +156,18 @@ def is_held_out(noun: str, other: str, dials: CorpusConfig) -> bool:
 
 def _said(chance: Chance, text: str) -> str:
     """The text as somebody says it: with some words in another way."""
-    text = " ".join(FREE_CHOICE[w] if w in FREE_CHOICE and chance.often(0.1) else w for w in text.split())
+    text = " ".join(
+        FREE_CHOICE[w] if w in FREE_CHOICE and chance.often(0.1) else w for w in text.split()
+    )
     share = chance.dials.paraphrase
     if not share:
         return text
     for usual, other in PARAPHRASES.items():
         if f" {usual} " in f" {text} " and chance.often(share):
             text = f" {text} ".replace(f" {usual} ", f" {other} ").strip()
-    when = next((w for w in ("yesterday", "today", "tomorrow", "tonight") if text.endswith(" " + w)), None)
+    when = next(
+        (w for w in ("yesterday", "today", "tomorrow", "tonight") if text.endswith(" " + w)), None
+    )
     if when and not any(f" {join} " in text for join in JOINS.values()) and chance.often(share):
         text = f"{when} {text.removesuffix(' ' + when)}"
     return text
@@ -198,7 +224,14 @@ def _short(chance: Chance) -> tuple[list[str], str]:
 
 def _citation(gloss: str) -> str:
     """The English for a sign that stands alone."""
-    others = {"HELLO": "hello", "THANKS": "thank you", "SORRY": "i am sorry", "PLEASE": "please", "NOT": "no", "QUESTION": "really"} | JOINS
+    others = {
+        "HELLO": "hello",
+        "THANKS": "thank you",
+        "SORRY": "i am sorry",
+        "PLEASE": "please",
+        "NOT": "no",
+        "QUESTION": "really",
+    } | JOINS
     if gloss in NOUNS:
         return _noun_phrase(gloss, None, None)
     if gloss in VERBS or gloss in WEATHER:
@@ -211,7 +244,11 @@ def _citation(gloss: str) -> str:
 def _clause(chance: Chance) -> tuple[list[str], str]:
     """A sentence of three to eight signs."""
     while True:
-        verb = chance.pick(TRANSITIVE) if chance.often(0.75) else chance.pick([*INTRANSITIVE, *WEATHER])
+        verb = (
+            chance.pick(TRANSITIVE)
+            if chance.often(0.75)
+            else chance.pick([*INTRANSITIVE, *WEATHER])
+        )
         parts = {"verb": verb}
         if verb not in WEATHER and chance.often(0.85):
             parts["subject"] = chance.pick(NAMES | PEOPLE | PRONOUNS)
@@ -223,7 +260,9 @@ def _clause(chance: Chance) -> tuple[list[str], str]:
             parts["place"] = chance.pick(["CITY", "PARK"] if verb in WEATHER else MAX_POSITIONS)
         if verb in TRANSITIVE:
             if verb in ("SEE", "LOVE", "NEED") and chance.often(0.4):
-                parts["object"] = chance.pick([p for p in NAMES | PEOPLE if p != parts.get("subject")])
+                parts["object"] = chance.pick(
+                    [p for p in NAMES | PEOPLE if p != parts.get("subject")]
+                )
             else:
                 objects = {"EAT": FOOD, "DRINK": DRINKS, "READ": PAPER}.get(verb, NOUNS)
                 parts["object"] = chance.pick(objects)
@@ -235,20 +274,48 @@ def _clause(chance: Chance) -> tuple[list[str], str]:
             parts["negated"] = "NOT"
         elif chance.often(0.15) and "subject" in parts:
             parts["question"] = "QUESTION"
-        order = ["time", "part", "place", "subject", "object", "adjective", "number", "verb", "negated", "question"]
+        order = [
+            "time",
+            "part",
+            "place",
+            "subject",
+            "object",
+            "adjective",
+            "number",
+            "verb",
+            "negated",
+            "question",
+        ]
         glosses = [parts[name] for name in order if name in parts]
         if 3 <= len(glosses) <= 8:
             return glosses, _translate(**parts)
 
 
-def _translate(verb, subject=None, object=None, adjective=None, number=None, time=None, part=None, place=None, negated=None, question=None) -> str:
+def _translate(
+    verb,
+    subject=None,
+    object=None,
+    adjective=None,
+    number=None,
+    time=None,
+    part=None,
+    place=None,
+    negated=None,
+    question=None,
+) -> str:
     """The English of a clause, with the agreement, tense and function words that no sign carries."""
     forms = MEET if verb == "SEE" and object in NAMES | PEOPLE else (VERBS | WEATHER)[verb]
     base, third, past, participle = forms
-    who = "it" if verb in WEATHER else (NAMES | PEOPLE).get(subject) or (PRONOUNS[subject][0] if subject else "they")
+    who = (
+        "it"
+        if verb in WEATHER
+        else (NAMES | PEOPLE).get(subject) or (PRONOUNS[subject][0] if subject else "they")
+    )
     singular = verb in WEATHER or subject in NAMES | PEOPLE
     be = "am" if subject == "IX-1" else "is" if singular else "are"
-    progressive = participle and (time == "TODAY" or (time is None and (verb in WEATHER or verb in INTRANSITIVE)))
+    progressive = participle and (
+        time == "TODAY" or (time is None and (verb in WEATHER or verb in INTRANSITIVE))
+    )
     if time == "TOMORROW":
         auxiliary, main = "will", base
     elif time == "YESTERDAY":
@@ -276,7 +343,10 @@ def _translate(verb, subject=None, object=None, adjective=None, number=None, tim
 def _noun_phrase(noun: str, adjective: str | None, number: str | None) -> str:
     one, many = NOUNS[noun]
     word = ADJECTIVES.get(adjective, "")
-    for nouns, others in ((ANIMALS, {"big": "huge", "small": "little"}), (FOOD | DRINKS, {"old": "stale", "new": "fresh"})):
+    for nouns, others in (
+        (ANIMALS, {"big": "huge", "small": "little"}),
+        (FOOD | DRINKS, {"old": "stale", "new": "fresh"}),
+    ):
         word = others.get(word, word) if noun in nouns else word
     if number:
         return " ".join(filter(None, [NUMBERS[number], word, many]))
@@ -310,15 +380,22 @@ class Performance:
 
     def frames(self) -> tuple[Fraction, Iterator[tuple[float, av.VideoFrame]]]:
         rng, signer = np.random.default_rng(self.seed), make_signer(self.signer)
-        poses = perform([lexicon(self.dials)[g] for g in self.glosses], signer, rng, self.dials.assimilation)
+        poses = perform(
+            [lexicon(self.dials)[g] for g in self.glosses], signer, rng, self.dials.assimilation
+        )
         images = render(poses, signer, self.size, rng)
-        return Fraction(FPS), ((i / FPS, av.VideoFrame.from_ndarray(image, "rgb24")) for i, image in enumerate(images))
+        return Fraction(FPS), (
+            (i / FPS, av.VideoFrame.from_ndarray(image, "rgb24")) for i, image in enumerate(images)
+        )
 
 
 def signers(dials: CorpusConfig = DEMO) -> dict[str, range]:
     """Who signs in which split."""
     ends = np.cumsum(dials.signers).tolist()
-    return {split: range(end - count, end) for split, end, count in zip(("train", "dev", "test"), ends, dials.signers)}
+    return {
+        split: range(end - count, end)
+        for split, end, count in zip(("train", "dev", "test"), ends, dials.signers)
+    }
 
 
 def split_of(glosses: list[str]) -> str:
@@ -327,7 +404,9 @@ def split_of(glosses: list[str]) -> str:
     return {0: "test", 1: "dev"}.get(slot, "train")
 
 
-def sentences(split: str, count: int, seed: int = 0, dials: CorpusConfig = DEMO) -> Iterator[tuple[list[str], str]]:
+def sentences(
+    split: str, count: int, seed: int = 0, dials: CorpusConfig = DEMO
+) -> Iterator[tuple[list[str], str]]:
     """`count` random sentences of a split as (glosses in signing order, text); "text" is what training has without video: a language model may read it."""
     chance = Chance(np.random.default_rng([seed, crc32(split.encode())]), dials)
     for i in range(count):
@@ -337,12 +416,21 @@ def sentences(split: str, count: int, seed: int = 0, dials: CorpusConfig = DEMO)
 
 
 def clips(
-    seed: int = 0, train: int | None = None, dev: int | None = None, test: int | None = None, size: int = 72, dials: CorpusConfig = DEMO
+    seed: int = 0,
+    train: int | None = None,
+    dev: int | None = None,
+    test: int | None = None,
+    size: int = 72,
+    dials: CorpusConfig = DEMO,
 ) -> Iterator[Clip]:
     """The corpus as `Clip`s of `size` x `size` pixels."""
     for number, (split, count) in enumerate((("train", train), ("dev", dev), ("test", test))):
         people = signers(dials)[split]
-        for i, (glosses, text) in enumerate(sentences(split, dials.clips[number] if count is None else count, seed, dials)):
+        for i, (glosses, text) in enumerate(
+            sentences(split, dials.clips[number] if count is None else count, seed, dials)
+        ):
             signer = people[i % len(people)]
             media = Performance(tuple(glosses), signer, (seed, number, i), size, dials)
-            yield Clip(f"{split}-{i:06d}", split, text, media, " ".join(glosses), f"signer{signer:02d}")
+            yield Clip(
+                f"{split}-{i:06d}", split, text, media, " ".join(glosses), f"signer{signer:02d}"
+            )

@@ -2,17 +2,43 @@
 
 # gloss -> English. Nouns: (singular, plural), a plural of "" is a mass noun. Verbs: (base, third person, past, participle).
 NAMES = {"ANNA": "anna", "PETER": "peter", "MARIA": "maria"}
-PEOPLE = {"MOTHER": "my mother", "FATHER": "my father", "SISTER": "my sister", "FRIEND": "my friend", "TEACHER": "the teacher", "DOCTOR": "the doctor"}
+PEOPLE = {
+    "MOTHER": "my mother",
+    "FATHER": "my father",
+    "SISTER": "my sister",
+    "FRIEND": "my friend",
+    "TEACHER": "the teacher",
+    "DOCTOR": "the doctor",
+}
 PRONOUNS = {"IX-1": ("i", "me"), "IX-2": ("you", "you"), "IX-12": ("we", "us")}
 TIMES = {"YESTERDAY": "yesterday", "TODAY": "today", "TOMORROW": "tomorrow"}
 PARTS = {"MORNING": "in the morning", "EVENING": "in the evening"}
-MAX_POSITIONS = {"HOME": "at home", "SCHOOL": "at school", "SHOP": "in the shop", "CITY": "in the city", "PARK": "in the park"}
+MAX_POSITIONS = {
+    "HOME": "at home",
+    "SCHOOL": "at school",
+    "SHOP": "in the shop",
+    "CITY": "in the city",
+    "PARK": "in the park",
+}
 FOOD = {"APPLE": ("apple", "apples"), "BREAD": ("bread", ""), "CAKE": ("cake", "cakes")}
 DRINKS = {"WATER": ("water", ""), "COFFEE": ("coffee", "")}
 PAPER = {"BOOK": ("book", "books"), "LETTER": ("letter", "letters")}
 ANIMALS = {"DOG": ("dog", "dogs"), "CAT": ("cat", "cats")}
-THINGS = {"CAR": ("car", "cars"), "HOUSE": ("house", "houses"), "FLOWER": ("flower", "flowers"), "BALL": ("ball", "balls"), "KEY": ("key", "keys")}
-ADJECTIVES = {"RED": "red", "BLUE": "blue", "BIG": "big", "SMALL": "small", "OLD": "old", "NEW": "new"}
+THINGS = {
+    "CAR": ("car", "cars"),
+    "HOUSE": ("house", "houses"),
+    "FLOWER": ("flower", "flowers"),
+    "BALL": ("ball", "balls"),
+    "KEY": ("key", "keys"),
+}
+ADJECTIVES = {
+    "RED": "red",
+    "BLUE": "blue",
+    "BIG": "big",
+    "SMALL": "small",
+    "OLD": "old",
+    "NEW": "new",
+}
 NUMBERS = {"2": "two", "3": "three", "4": "four", "5": "five"}
 TRANSITIVE = {
     "BUY": ("buy", "buys", "bought", "buying"),
@@ -33,13 +59,29 @@ INTRANSITIVE = {
     "WAIT": ("wait", "waits", "waited", "waiting"),
     "DANCE": ("dance", "dances", "danced", "dancing"),
 }
-WEATHER = {"RAIN": ("rain", "rains", "rained", "raining"), "SNOW": ("snow", "snows", "snowed", "snowing")}
+WEATHER = {
+    "RAIN": ("rain", "rains", "rained", "raining"),
+    "SNOW": ("snow", "snows", "snowed", "snowing"),
+}
 OTHER = ["HELLO", "THANKS", "SORRY", "PLEASE", "NOT", "QUESTION"]
 
 
 def _all() -> list[str]:
     nouns, verbs = (*FOOD, *DRINKS, *PAPER, *ANIMALS, *THINGS), (*TRANSITIVE, *INTRANSITIVE)
-    return [*NAMES, *PEOPLE, *PRONOUNS, *TIMES, *PARTS, *MAX_POSITIONS, *nouns, *ADJECTIVES, *NUMBERS, *verbs, *WEATHER, *OTHER]
+    return [
+        *NAMES,
+        *PEOPLE,
+        *PRONOUNS,
+        *TIMES,
+        *PARTS,
+        *MAX_POSITIONS,
+        *nouns,
+        *ADJECTIVES,
+        *NUMBERS,
+        *verbs,
+        *WEATHER,
+        *OTHER,
+    ]
 
 
 GLOSSES = _all()
@@ -61,7 +103,13 @@ FOOD |= {
 }
 DRINKS |= {"TEA": ("tea", ""), "MILK": ("milk", ""), "JUICE": ("juice", "")}
 PAPER |= {"NEWSPAPER": ("newspaper", "newspapers"), "MAGAZINE": ("magazine", "magazines")}
-ANIMALS |= {"HORSE": ("horse", "horses"), "COW": ("cow", "cows"), "BIRD": ("bird", "birds"), "RABBIT": ("rabbit", "rabbits"), "SHEEP": ("sheep", "sheep")}
+ANIMALS |= {
+    "HORSE": ("horse", "horses"),
+    "COW": ("cow", "cows"),
+    "BIRD": ("bird", "birds"),
+    "RABBIT": ("rabbit", "rabbits"),
+    "SHEEP": ("sheep", "sheep"),
+}
 THINGS |= {
     "TABLE": ("table", "tables"), "CHAIR": ("chair", "chairs"), "LAMP": ("lamp", "lamps"), "BICYCLE": ("bicycle", "bicycles"), "BAG": ("bag", "bags"),
     "SHIRT": ("shirt", "shirts"), "HAT": ("hat", "hats"), "SHOE": ("shoe", "shoes"), "CLOCK": ("clock", "clocks"), "PHONE": ("phone", "phones"),
