@@ -4,7 +4,7 @@
 #SBATCH --gpus-per-node=8  # per node; a GPU is a rank
 #SBATCH --cpus-per-task=64 # per node: data.workers of the recipe and two more for each GPU
 #SBATCH --time=02:00:00    # what your partition allows
-#SBATCH --signal=USR1@120  # seconds before the limit, to end; the job resumes after the finished shards
+#SBATCH --signal=USR1@120  # seconds before the limit, to end; finished shards are kept
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log # one log per job

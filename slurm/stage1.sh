@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=flallm-stage1
-#SBATCH --nodes=1          # after a node died, --nodes=4 waits for another, --nodes=1-4 resumes on the rest
+#SBATCH --nodes=1          # if a node dies, --nodes=4 waits for another, --nodes=1-4 resumes
 #SBATCH --gpus-per-node=8  # per node; a GPU is a rank, and every rank needs one clip of train.batch
 #SBATCH --cpus-per-task=64 # per node: data.workers of the recipe and two more for each GPU
 #SBATCH --time=24:00:00    # what your partition allows; the job requeues itself until it is done
@@ -12,7 +12,7 @@
 ##SBATCH --account=…       # the same
 #
 #   sbatch slurm/stage1.sh phoenix14t --data.shards=/path/to/shards --run_dir=/path/to/run
-#   sbatch --nodes=4 slurm/stage1.sh … --train.batch=256      (options of sbatch go before the script)
+#   sbatch --nodes=4 slurm/stage1.sh … --train.batch=256   (options of sbatch go before the script)
 #
 # Everything after the script goes to `flallm stage1`.
 set -euo pipefail
