@@ -52,7 +52,7 @@ def init_distributed(timeout: float = 600) -> DistContext:
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
     if torch.cuda.is_available():
         env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # clips differ in length, and so do the blocks of every step
-        # A run that goes on is to differ from one never stopped as little as kernels allow; this costs no time (docs/gpu.md).
+        # A run that goes on is to differ from one never stopped as little as kernels allow; this costs no time (docs/benchmarks.md).
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False

@@ -148,7 +148,7 @@ def load_shape(config: LLM) -> PretrainedConfig:
         raise hub.cannot_load("model", config.path, error) from None
     if not _is_taken(shape):
         families = f"{', '.join(DROPOUT)} and decoder-only models with attention maps and beam search"
-        raise UserError(f"llm.path: {config.path} is a {shape.model_type} model; stage 2 takes {families}, such as llama: see docs/llm.md")
+        raise UserError(f"llm.path: {config.path} is a {shape.model_type} model; stage 2 takes {families}, such as llama: see docs/models.md")
     words = shape.get_text_config()
     pad = getattr(words, "pad_token_id", None)
     if pad is not None and not 0 <= pad < words.vocab_size:

@@ -45,17 +45,17 @@ GIB = 2**30
 STEPS = 200  # of the plan that are looked at, evenly spread over an epoch
 TOKEN = 4  # characters
 # A micro-batch takes as long as the host needs to launch its kernels and to run ZeRO's hooks, by the tensors that train, and then as its
-# operations: a line through steps of 8 to 64 clips on an H100 (docs/gpu.md).
+# operations: a line through steps of 8 to 64 clips on an H100 (docs/benchmarks.md).
 TENSOR = 0.5e-3  # seconds a tensor
 MFU = 0.12  # share of the peak
-# The same of a CPU, whose peak is the rate at which its cores multiply two matrices: an EPYC with AVX512-BF16, docs/scale.md.
+# The same of a CPU, whose peak is the rate at which its cores multiply two matrices: an EPYC with AVX512-BF16, docs/planning.md.
 CPU_SHARE = {"bf16": 0.15, "fp32": 0.47}
 HIDDEN = 2 / 3  # of a step's computation is the backward pass, behind which gradients are sent
 SNAPSHOT = 8.0  # [assumed] GB/s from a GPU into the host's memory, while a checkpoint holds training up
 DISK = 1.0  # [assumed] GB/s of a node into a shared file system
 LATENCY = 40e-6  # [assumed] seconds of a collective of a few numbers
 FRAME_BYTES = 700.0  # of a source frame of 256 pixels as make_shards encodes rendered signers by default; noise of a camera takes more
-DECODE = 1.5e-3  # core-seconds a used frame takes with augmentation: 49.6 clips/s of 13.8 of them, see docs/scale.md
+DECODE = 1.5e-3  # core-seconds a used frame takes with augmentation: 49.6 clips/s of 13.8 of them, see docs/planning.md
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Device:
     node: float = 0.0
     network: float = 0.0
     kind: str = "cuda"
-    context: float = 1.7  # GiB that the process takes before it has a model, on an H100 by docs/gpu.md
+    context: float = 1.7  # GiB that the process takes before it has a model, on an H100 by docs/benchmarks.md
     reached: float = MFU
 
 
@@ -137,7 +137,7 @@ class MemoryTracker(TorchDispatchMode):
     """Counts bytes of the tensors that operations make, as long as they live: `now`, and `most` so far.
 
     collect: whether some of them are in cycles, as checkpointing leaves them. Python frees those of tensors without values rarely: 9.4 GiB of a
-    step of LLaMA-7B, where 1.2 are alive and an H200 had 1.3 (docs/gpu.md).
+    step of LLaMA-7B, where 1.2 are alive and an H200 had 1.3 (docs/benchmarks.md).
     """
 
     def __init__(self, collect: bool):
@@ -427,7 +427,7 @@ def _figures(
     yield Estimate("time", "step", seconds, "s", how)
     yield Estimate("time", "run", steps * seconds, "s", "all steps; looks at the dev split not counted")
     if not features:
-        how = f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/scale.md); data.workers is {config.data.workers}"
+        how = f"{used / seconds:.0f} used frames/s x {DECODE * 1e3} ms of a core (docs/planning.md); data.workers is {config.data.workers}"
         yield Estimate("reading", "decoding cores", used / seconds * DECODE, "a GPU" if device.kind == "cuda" else "a rank", how)
     yield Estimate("reading", "bytes", clip_bytes * n / epoch_steps / seconds / 1e6, "MB/s", f"by all ranks: {clip_bytes / 1e3:.0f} kB a clip")
 
