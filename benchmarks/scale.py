@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md, and how well the work of a step is shared out where clips' costs scatter as measured.
+"""The tables of docs/planning.md, and how well the work of a step is shared out where clips' costs scatter as measured.
 
 python benchmarks/scale.py tables            # markdown
 python benchmarks/scale.py efficiency        # one JSON object a line
@@ -103,7 +103,7 @@ def _seconds(model: Translator, frames: int) -> float:
 
 
 if __name__ == "__main__":
-    parts = {"tables": tables, "efficiency": efficiency}  # the first as Markdown, for docs/scale.md
+    parts = {"tables": tables, "efficiency": efficiency}  # the first as Markdown, for docs/planning.md
     if len(sys.argv) != 2 or sys.argv[1] not in parts:
         sys.exit(f"one of {', '.join(parts)} is needed")
     parts[sys.argv[1]]()

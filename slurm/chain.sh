@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# The whole job, each part once the one before it is done: parts of the shards -> shards -> stage 1 -> features -> stage 2 -> scores.
+# Submits everything, each part after the one before:
+# parts of the shards -> shards -> stage 1 -> features -> stage 2 -> scores.
 #
 #   slurm/chain.sh RECIPE FOLDER CORPUS ARGUMENTS…
 #   slurm/chain.sh phoenix14t /path/to/folder phoenix14t /path/to/PHOENIX-2014-T-release-v3
 #
-# writes FOLDER/{shards,stage1,features,stage2}; FEATURES="--copies=4" gives options of `flallm features`. CORPUS and what follows go to tools/make_shards.py. SBATCH_OPTIONS="--partition=x"
-# gives options of sbatch to every part, TRAINING_OPTIONS, SHARDS_OPTIONS to those alone. Settings of the stages belong in the recipe.
+# writes FOLDER/{shards,stage1,features,stage2}. CORPUS and what follows go to tools/make_shards.py.
+# FEATURES="--copies=4" gives options to `flallm features`. SBATCH_OPTIONS="--partition=x" gives
+# options of sbatch to every part, TRAINING_OPTIONS and SHARDS_OPTIONS to those parts only.
+# Settings of the stages belong in the recipe.
 set -euo pipefail
 
 recipe=$1 folder=$2

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=flallm-features
-#SBATCH --nodes=1                  # as many as you like
-#SBATCH --gpus-per-node=8          # of each node; a GPU is a rank
-#SBATCH --cpus-per-task=64         # of each node: for every GPU data.workers of the recipe, and two more
-#SBATCH --time=02:00:00            # what your partition allows
-#SBATCH --signal=USR1@120          # seconds before that to end: the job goes on from the shards that are done
+#SBATCH --nodes=1          # any number
+#SBATCH --gpus-per-node=8  # per node; a GPU is a rank
+#SBATCH --cpus-per-task=64 # per node: data.workers of the recipe and two more for each GPU
+#SBATCH --time=02:00:00    # what your partition allows
+#SBATCH --signal=USR1@120  # seconds before the limit, to end; finished shards are kept
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log  # one log a job
-##SBATCH --partition=…             # if your cluster wants one: one # less
-##SBATCH --account=…               # likewise
+#SBATCH --output=%x-%j.log # one log per job
+##SBATCH --partition=…     # if your cluster needs it: remove one #
+##SBATCH --account=…       # the same
 #
 #   sbatch slurm/features.sh /path/to/stage-1-run --out=/path/to/features
 #
 # Everything after the script goes to `flallm features`.
 set -euo pipefail
-# The path of this script, of which Slurm runs a copy. Slurm tells it with the arguments after it, and
-# a path may hold blanks, too. All tasks of an array answer, with the same path.
+# Slurm runs a copy of this script. scontrol tells the original path, with the arguments after it.
+# A path may hold blanks. All tasks of an array answer with the same path.
 script=$(scontrol show job "$SLURM_JOB_ID" | awk '!seen && sub(/^ *Command=/, "") { print; seen = 1 }')
 while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done
 slurm=${script%/*}
