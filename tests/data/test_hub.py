@@ -1,4 +1,4 @@
-"""Models by their hub name: from a hub, from its cache without a network, and one line where neither has them."""
+"""Models by their hub name: from a hub, from its cache, and one line where neither has them."""
 
 import hashlib
 import http.server
@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from models import save
 
-REPOS, NOWHERE = ("org/tiny", "org/half"), "http://127.0.0.1:9"  # the discard port, on which nothing listens
+REPOS, NOWHERE = (
+    ("org/tiny", "org/half"),
+    "http://127.0.0.1:9",
+)  # the discard port, on which nothing listens
 LOAD = """
 from flallm.data import hub
 from flallm.utils import UserError
@@ -57,7 +60,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         file = self.folder / name
         content = file.read_bytes() if repo in REPOS and name and file.is_file() else b""
         if repo.startswith("api/models/org/"):
-            content = b"[]" if "/tree/" in repo else json.dumps({"id": repo.removeprefix("api/models/"), "siblings": [], "tags": []}).encode()
+            content = (
+                b"[]"
+                if "/tree/" in repo
+                else json.dumps(
+                    {"id": repo.removeprefix("api/models/"), "siblings": [], "tags": []}
+                ).encode()
+            )
         self.send_response(200 if content else 404)
         self.send_header("Content-Length", str(len(content)))
         if content:
@@ -75,28 +84,56 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, save("llama", tmp_path / "model")))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Hub, save("llama", tmp_path / "model"))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
 def python(code: str, home: Path, endpoint: str, *arguments: str) -> subprocess.CompletedProcess:
-    """The code in a process of its own: what hub and cache are is read when huggingface_hub is imported."""
+    """Runs code in a new process, because huggingface_hub reads the environment on import."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, cwd=home.parent, capture_output=True, text=True)
+    environment |= {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+    )
 
 
-def test_a_hub_name_loads_from_the_hub_then_from_its_cache_and_else_is_one_line_at_once(endpoint, shards, tmp_path):
+def test_a_hub_name_loads_from_the_hub_then_from_its_cache_and_else_is_one_line_at_once(
+    endpoint, shards, tmp_path
+):
     home = tmp_path / "home"
     fetched = python(LOAD, home, endpoint)
     assert fetched.returncode == 0, fetched.stderr
-    without_network = python(LOAD + WITHOUT_NETWORK, home, NOWHERE, f"--data.shards={shards}", f"--run_dir={tmp_path / 'run'}")
+    without_network = python(
+        LOAD + WITHOUT_NETWORK,
+        home,
+        NOWHERE,
+        f"--data.shards={shards}",
+        f"--run_dir={tmp_path / 'run'}",
+    )
     assert without_network.stdout == fetched.stdout != ""
     assert without_network.returncode == 2 and not (tmp_path / "run").exists()
     half, other = without_network.stderr.splitlines()  # and no line of a retry
     place = f"the hub's cache {home / 'hub'}, and {NOWHERE} cannot be reached"
-    assert half.startswith(f"llm.path: org/half is no folder here, its weights cannot be found in {place}")
-    assert other.startswith(f"flallm: llm.path: org/other is no folder here, its tokenizer cannot be found in {place}")
-    assert "`hf download org/other`" in other and "`flallm trim org/other --shards=DIR --out=DIR`" in other
+    assert half.startswith(
+        f"llm.path: org/half is no folder here, its weights cannot be found in {place}"
+    )
+    assert other.startswith(
+        f"flallm: llm.path: org/other is no folder here, its tokenizer cannot be found in {place}"
+    )
+    assert (
+        "`hf download org/other`" in other
+        and "`flallm trim org/other --shards=DIR --out=DIR`" in other
+    )

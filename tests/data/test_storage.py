@@ -1,4 +1,7 @@
-"""Shards at an address: a web server with ranges and an S3-compatible one, both real and local, both failing when told to."""
+"""Shards at an address: a web server with ranges and an S3-compatible server.
+
+Both are real and local, and fail when told to.
+"""
 
 import http.server
 import os
@@ -21,7 +24,10 @@ from flallm.utils import UserError
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves the files of a folder, whole or by range, and fails the next `failures` requests: each is a status, or None for a dropped connection."""
+    """Serves the files of a folder, entire or by range.
+
+    The next requests fail as `failures` says: a status, or None for a dropped connection.
+    """
 
     daemon_threads = True
 
@@ -71,7 +77,9 @@ def server(shards, monkeypatch):
 
 
 def assert_the_same(there: Shards, here: Shards):
-    assert len(there) == len(here) and all(np.array_equal(there.index[name], here.index[name]) for name in here.index)
+    assert len(there) == len(here) and all(
+        np.array_equal(there.index[name], here.index[name]) for name in here.index
+    )
     assert [there.read(i) for i in range(len(here))] == [here.read(i) for i in range(len(here))]
 
 
@@ -84,7 +92,11 @@ def test_shards_on_a_web_server_give_the_bytes_of_those_on_disk(server, shards):
 def test_shards_in_an_object_store_give_the_bytes_of_those_on_disk(shards, monkeypatch):
     boto3, moto_server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
-    for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_DEFAULT_REGION", "us-east-1")):
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
         monkeypatch.setenv(name, value)
     server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -113,7 +125,10 @@ def test_the_loader_reads_from_an_address(server, shards, tmp_path):
 
     def frames(workers, **data):
         clips = loader.ClipDataset("dev", Data(resize=36, crop=32, **data), 0)
-        return [b.frames.tolist() for b in loader.batches(clips, Letters(), [[(0, n)] for n in range(8)], workers)]
+        return [
+            b.frames.tolist()
+            for b in loader.batches(clips, Letters(), [[(0, n)] for n in range(8)], workers)
+        ]
 
     here = frames(0, shards=str(shards))
     assert frames(2, shards=server.address, cache=str(tmp_path)) == here
@@ -133,12 +148,19 @@ def test_a_server_that_fails_for_a_while_is_asked_again(server, shards, failure)
 def test_a_server_that_is_down_gives_a_cause_and_one_that_comes_back_is_used_again(server):
     dev = Shards(server.address, "dev")
     server.failures = [503] * 4
-    with pytest.raises(BadSample, match=r"dev-000000\.tar: .*cannot be read after 4 tries: .*503") as caught:
+    with pytest.raises(
+        BadSample, match=r"dev-000000\.tar: .*cannot be read after 4 tries: .*503"
+    ) as caught:
         dev.read(0)
     assert "\n" not in str(caught.value)
     assert dev.read(0)
-    server.failures = [200, *[None] * 9]  # the client itself asks again when a connection is dropped
-    with pytest.raises(UserError, match=r"dev\.index\.safetensors cannot be read: .* after 4 tries") as caught:
+    server.failures = [
+        200,
+        *[None] * 9,
+    ]  # the client itself asks again when a connection is dropped
+    with pytest.raises(
+        UserError, match=r"dev\.index\.safetensors cannot be read: .* after 4 tries"
+    ) as caught:
         Shards(server.address, "dev")
     assert "\n" not in str(caught.value)
     server.failures = []
@@ -174,7 +196,9 @@ def test_an_address_of_a_kind_that_does_not_exist_is_the_users_mistake():
         Shards("nothing://there", "dev")
 
 
-def test_the_cache_spares_requests_and_an_altered_entry_is_noticed_and_dropped(server, shards, tmp_path):
+def test_the_cache_spares_requests_and_an_altered_entry_is_noticed_and_dropped(
+    server, shards, tmp_path
+):
     here = Shards(shards, "dev")
     there = Shards(server.address, "dev", str(tmp_path))
     assert_the_same(there, here)
@@ -196,7 +220,12 @@ def test_two_addresses_in_one_cache_are_not_taken_for_each_other(server, tmp_pat
         server.folder = tmp_path / name
         server.folder.mkdir()
         (server.folder / "dev-000000.tar").write_text(name)
-        assert store.Storage(f"{server.address}/{name}", str(tmp_path / "cache")).read("dev-000000.tar", 0, 5) == name.encode()
+        assert (
+            store.Storage(f"{server.address}/{name}", str(tmp_path / "cache")).read(
+                "dev-000000.tar", 0, 5
+            )
+            == name.encode()
+        )
 
 
 def test_a_cache_that_cannot_be_written_costs_no_clip(server, shards, tmp_path):
@@ -206,16 +235,28 @@ def test_a_cache_that_cannot_be_written_costs_no_clip(server, shards, tmp_path):
 
 def test_shards_that_are_made_anew_at_the_same_address_are_seen(server, shards, tmp_path):
     Shards(server.address, "dev", str(tmp_path / "cache")).read(0)
-    make_shards(synthetic.clips(train=1, dev=3, test=1, size=36), tmp_path / "new", EncodeOptions(), {"name": "synthetic"}, 1)
+    make_shards(
+        synthetic.clips(train=1, dev=3, test=1, size=36),
+        tmp_path / "new",
+        EncodeOptions(),
+        {"name": "synthetic"},
+        1,
+    )
     server.folder = tmp_path / "new"
-    assert_the_same(Shards(server.address, "dev", str(tmp_path / "cache")), Shards(tmp_path / "new", "dev"))
+    assert_the_same(
+        Shards(server.address, "dev", str(tmp_path / "cache")), Shards(tmp_path / "new", "dev")
+    )
 
 
 def test_the_cache_keeps_within_its_size(server, tmp_path):
-    train = Shards(server.address, "train", str(tmp_path), cache_gib=256 * 6000 / 2**30)  # 6000 bytes a folder: a sample or two
+    train = Shards(
+        server.address, "train", str(tmp_path), cache_gib=256 * 6000 / 2**30
+    )  # 6000 bytes a folder: a sample or two
     for i in range(len(train)):
         train.read(i)
-    folders = {folder: sum(p.stat().st_size for p in folder.iterdir()) for folder in tmp_path.iterdir()}
+    folders = {
+        folder: sum(p.stat().st_size for p in folder.iterdir()) for folder in tmp_path.iterdir()
+    }
     assert len(folders) > 5 and max(folders.values()) <= 6000
 
 
@@ -226,7 +267,9 @@ def test_of_a_full_cache_the_oldest_goes_first(server, tmp_path):
         old.touch()
         os.truncate(old, 100_000)
         os.utime(old, (0, 0))
-    train = Shards(server.address, "train", str(tmp_path), cache_gib=store.FOLDERS * 100_000 / 2**30)  # of some 10 kB a sample
+    train = Shards(
+        server.address, "train", str(tmp_path), cache_gib=store.FOLDERS * 100_000 / 2**30
+    )  # of some 10 kB a sample
     first = [train.read(i) for i in range(len(train))]
     asked = len(server.requests)
     assert [train.read(i) for i in range(len(train))] == first and len(server.requests) == asked

@@ -1,4 +1,4 @@
-"""What a model sees is what the file shows: colours, times and rates of real files, from shards and in translate."""
+"""Models see what files show: colours, times and rates, from shards and in `translate`."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from test_corpora import numbers, set_display_matrix
+from videos import numbers, set_display_matrix
 
 from flallm import config as cfg
 from flallm.data.clips import Clip
@@ -45,7 +45,9 @@ def centres(image: np.ndarray, count: int) -> np.ndarray:
     return image[height // 2, at].astype(int)
 
 
-def write_patches(path: Path, size: tuple[int, int], pixel_format: str, matrix: str, color_range: int) -> str:
+def write_patches(
+    path: Path, size: tuple[int, int], pixel_format: str, matrix: str, color_range: int
+) -> str:
     """A video of `PATCHES` with these tags; where it has none, coded as players will assume."""
     width, height = size
     assumed = Colorspace.ITU709 if width >= 1280 else Colorspace.ITU601
@@ -81,7 +83,9 @@ def from_translate(path: str, size: int = 128) -> np.ndarray:
     return frames[0]
 
 
-@pytest.mark.parametrize("extension,quality", [("png", []), ("jpg", [cv2.IMWRITE_JPEG_QUALITY, 98])])
+@pytest.mark.parametrize(
+    "extension,quality", [("png", []), ("jpg", [cv2.IMWRITE_JPEG_QUALITY, 98])]
+)
 def test_training_sees_the_greys_of_a_folder_of_images(tmp_path, extension, quality):
     cv2.imwrite(str(tmp_path / f"0.{extension}"), columns(GREYS, 256, 256), quality)
     seen = centres(from_shard(ImageFiles(str(tmp_path)), 256), 16)
@@ -137,14 +141,21 @@ def test_hdr_is_mapped_so_that_reference_white_is_white(transfer, reference_whit
     """203 cd/m² are 58 % of PQ's signal and 75 % of HLG's (ITU-R BT.2408, table 1)."""
     converter = FrameConverter()
     signals = (0.0, 0.3 * reference_white, 0.9 * reference_white, reference_white, 1.0)
-    black, dark, bright, white, highlight = (int(converter.to_rgb(wide_frame(transfer, signal), 8, 8).mean()) for signal in signals)
+    black, dark, bright, white, highlight = (
+        int(converter.to_rgb(wide_frame(transfer, signal), 8, 8).mean()) for signal in signals
+    )
     assert black == 0 and 0 < dark < bright < 250 and white >= 250 and highlight >= 250
     yuv = converter.to_shard_yuv(wide_frame(transfer, reference_white), 64, 64)
     assert converter.to_rgb(yuv, 8, 8).mean() >= 250
 
 
-def write_numbered(path: Path, times: list[Fraction], rate: int = 25, sound: float | None = None, first: int = 0) -> str:
-    """A video whose frame i shows i as eight columns and begins at times[i]; with sound from `sound` seconds on."""
+def write_numbered(
+    path: Path, times: list[Fraction], rate: int = 25, sound: float | None = None, first: int = 0
+) -> str:
+    """A video whose frame i shows i as eight columns and begins at times[i].
+
+    sound: when its sound begins, in seconds.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "4", "bf": "0"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -152,7 +163,11 @@ def write_numbered(path: Path, times: list[Fraction], rate: int = 25, sound: flo
         audio = container.add_stream("aac", rate=16000) if sound is not None else None
         if audio:
             silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
-            silence.rate, silence.pts, silence.time_base = 16000, round(16000 * sound), Fraction(1, 16000)
+            silence.rate, silence.pts, silence.time_base = (
+                16000,
+                round(16000 * sound),
+                Fraction(1, 16000),
+            )
             container.mux([*audio.encode(silence), *audio.encode()])
         for i, time in enumerate(times):
             bits = [255 * (first + i >> bit & 1) for bit in range(8)]
@@ -166,10 +181,14 @@ def write_numbered(path: Path, times: list[Fraction], rate: int = 25, sound: flo
 
 @pytest.mark.parametrize("extension", ["mp4", "ts", "mkv"])
 @pytest.mark.parametrize("delay", [Fraction(6, 10), Fraction(2)])
-def test_cuts_count_from_the_start_of_the_container_where_sound_begins_first(tmp_path, extension, delay):
+def test_cuts_count_from_the_start_of_the_container_where_sound_begins_first(
+    tmp_path, extension, delay
+):
     times = [delay + Fraction(i, 25) for i in range(120)]
     path = write_numbered(tmp_path / f"a.{extension}", times, sound=0.0)
-    with av.open(path) as container:  # a transport stream begins with the 64 ms that AAC's encoder adds
+    with av.open(
+        path
+    ) as container:  # a transport stream begins with the 64 ms that AAC's encoder adds
         zero = Fraction(container.start_time, av.time_base)
         frames = [frame.pts * frame.time_base - zero for frame in container.decode(video=0)]
     assert abs(frames[0] - delay) < 0.07
@@ -196,7 +215,9 @@ def test_a_frame_of_a_resampled_clip_is_the_one_on_screen_at_its_time(tmp_path, 
     path = write_numbered(tmp_path / "vfr.mp4", times)
     content, meta = encode(Clip("k", "train", "t", VideoFile(path)), EncodeOptions(fps=fps))
     trained = decode(content, 64, 1, 1000, meta["num_frames"], squeeze=False)
-    on_screen = [sum(time <= Fraction(k, fps) for time in times) - 1 for k in range(meta["num_frames"])]
+    on_screen = [
+        sum(time <= Fraction(k, fps) for time in times) - 1 for k in range(meta["num_frames"])
+    ]
     assert shown(trained) == on_screen
     assert meta["num_frames"] == 4 * fps and meta["fps"] == fps
     whole, meta = encode(Clip("k", "train", "t", VideoFile(path)), EncodeOptions())
@@ -209,7 +230,10 @@ def test_a_frame_of_a_resampled_clip_is_the_one_on_screen_at_its_time(tmp_path, 
 def test_a_file_whose_header_states_another_rate_is_resampled_by_its_frames_times(tmp_path):
     path = write_numbered(tmp_path / "a.mkv", [Fraction(i, 10) for i in range(30)], rate=25)
     assert VideoFile(path).rate() == 10
-    assert encode(Clip("k", "train", "t", VideoFile(path)), EncodeOptions(fps=20))[1]["num_frames"] == 60
+    assert (
+        encode(Clip("k", "train", "t", VideoFile(path)), EncodeOptions(fps=20))[1]["num_frames"]
+        == 60
+    )
     assert encode(Clip("k", "train", "t", VideoFile(path)), EncodeOptions())[1]["fps"] == 10
 
 
@@ -262,7 +286,9 @@ def test_the_stretches_of_joined_recordings_follow_one_another(tmp_path):
         joined = tmp_path / name
         joined.write_bytes(b"".join(Path(part).read_bytes() for part in parts))
         data = cfg.Data(resize=64, crop=64, stride=1)
-        spans = [span for span, _ in translate._clips(str(joined), None, 0.5, cfg.Config(data=data))]
+        spans = [
+            span for span, _ in translate._clips(str(joined), None, 0.5, cfg.Config(data=data))
+        ]
         assert [(span.start, span.error) for span in spans] == [(n / 2, None) for n in range(8)]
         assert all(span.start < span.end for span in spans)
         with pytest.raises(ValueError, match=r"its clock jumps after 1\.9"):
@@ -272,10 +298,14 @@ def test_the_stretches_of_joined_recordings_follow_one_another(tmp_path):
         assert encode(clip, EncodeOptions(fps=12.5))[1]["num_frames"] == 50
 
 
-def test_shards_of_an_earlier_version_are_named_unless_their_frames_were_drawn(shards, small, tmp_path):
+def test_shards_of_an_earlier_version_are_named_unless_their_frames_were_drawn(
+    shards, small, tmp_path
+):
     old = shutil.copytree(shards, tmp_path / "old")
     dataset = json.loads((old / "dataset.json").read_text())
-    (old / "dataset.json").write_text(json.dumps(dataset | {"format": 2, "corpus": {"name": "manifest"}}))
+    (old / "dataset.json").write_text(
+        json.dumps(dataset | {"format": 2, "corpus": {"name": "manifest"}})
+    )
     warning = Shards(old, "test").color_warning()
     assert "changed colours" in warning and "make_shards.py" in warning and "\n" not in warning
     (old / "dataset.json").write_text(json.dumps(dataset | {"format": 2}))
