@@ -32,16 +32,16 @@ def test_phoenix14t_official_tree(tmp_path):
         root / "features/fullFrame-210x260px/train/01April_2010_Thursday_heute-6694/x.lprof"
     ).write_text("stray")
     rows = list(phoenix14t.clips(tmp_path / "PHOENIX-2014-T-release-v3"))
-    clips, left = (
+    clips, skipped = (
         [x for x in rows if isinstance(x, Clip)],
         [x for x in rows if isinstance(x, SkippedClip)],
     )
-    assert [x.cause for x in left] == [
+    assert [x.cause for x in skipped] == [
         MISSING,
         MISSING,
         "has no text",
         "has 2 fields, not 7",
-    ] and left[3].source.endswith("test.corpus.csv:6")
+    ] and skipped[3].source.endswith("test.corpus.csv:6")
     assert [(c.split, c.text, c.gloss, c.signer) for c in clips] == [
         (s, 'und nun "die wettervorhersage', "JETZT WETTER", "Signer04")
         for s in ("train", "dev", "test")
@@ -95,9 +95,9 @@ def test_manifest(tmp_path):
             for row in [*rows, {"video": str(tmp_path / "gone"), "text": "x", "split": "dev"}]
         )
     )
-    clip, *left = manifest.clips(table, tmp_path)
+    clip, *skipped = manifest.clips(table, tmp_path)
     assert (clip.key, clip.signer) == ("a_b_c", "3")
-    assert [(x.key, x.cause) for x in left] == [
+    assert [(x.key, x.cause) for x in skipped] == [
         ("d", "has no text"),
         ("e", "its text holds a NUL or half a character"),
         ("dev-0000003", MISSING),
@@ -177,7 +177,7 @@ def test_how2sign(tmp_path, capsys):
         ]
         + ["only\ttwo", ""],
     )
-    a_1, a_2, a_3, c_0, *left = how2sign.clips(tmp_path, tmp_path / "raw", precut=False)
+    a_1, a_2, a_3, c_0, *skipped = how2sign.clips(tmp_path, tmp_path / "raw", precut=False)
     assert (a_1.key, a_1.split, a_1.text) == ("a_1-8-rgb_front", "dev", "He said \"hi. It's a_1")
     assert (numbers(a_1.media), numbers(a_2.media), numbers(c_0.media)) == (
         [48, 49, 50, 51],
@@ -187,14 +187,13 @@ def test_how2sign(tmp_path, capsys):
     assert (a_1.media.frames()[0], c_0.media.frames()[0]) == (24, 30)
     assert "dev: 1 sentences end after their video does" in capsys.readouterr().out
     assert a_3.cause == "begins at 5.50 s, and its video ends at 5.00 s"
-    assert [x.cause for x in left] == [
+    assert [x.cause for x in skipped] == [
         "its times are none: '1' to 'x'",
         MISSING,
         "has 2 fields, not 7",
     ]
-    (clip,) = (
-        c for c in how2sign.clips(tmp_path, tmp_path / "raw", precut=True) if isinstance(c, Clip)
-    )
+    rows = how2sign.clips(tmp_path, tmp_path / "raw", precut=True)
+    (clip,) = [row for row in rows if isinstance(row, Clip)]
     assert clip.key == "c_0-8-rgb_front" and numbers(clip.media) == list(range(9))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no <VIDEO_NAME>\.mp4 of the tables"):
@@ -255,24 +254,23 @@ def test_isolated_signs_are_joined_into_sentences(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     clips = list(manifest.clips(tmp_path / "joined/clips.tsv", tmp_path / "joined"))
-    assert [clip.split for clip in clips] == ["train"] * 4 + ["dev"] * 3 + ["test"] * 40 and len(
-        {clip.text for clip in clips}
-    ) > 5
-    # As many long sentences in test as elsewhere, where a few belong to it.
-    assert (
-        sum(len(clip.text.replace("thank you", "thank_you").split()) > 2 for clip in clips[-40:])
-        > 15
-    )
+    assert [clip.split for clip in clips] == ["train"] * 4 + ["dev"] * 3 + ["test"] * 40
+    assert len({clip.text for clip in clips}) > 5
+
+    def words_of(clip: Clip) -> tuple[str, ...]:
+        words = clip.text.replace("thank you", "thank_you").split()
+        return tuple(word.replace("_", " ") for word in words)
+
+    # Long sentences are as frequent in test as elsewhere, although few belong to it.
+    assert sum(len(words_of(clip)) > 2 for clip in clips[-40:]) > 15
+    lengths = {"go": 10, "thank you": 11, "not": 12}
     for clip in clips:
-        shown, said = numbers(clip.media), clip.text.replace("thank you", "thank_you").split()
-        lengths = {"go": 10, "thank_you": 11, "not": 12}
-        assert shown == [
-            first[word.replace("_", " ")] + i for word in said for i in range(lengths[word])
-        ]
-        assert (
-            len(said) < 3
-            or synthetic.split_of(tuple(word.replace("_", " ") for word in said)) == clip.split
-        )  # in no other one
+        words = words_of(clip)
+        expected = []
+        for word in words:
+            expected += range(first[word], first[word] + lengths[word])
+        assert numbers(clip.media) == expected
+        assert len(words) < 3 or synthetic.split_of(words) == clip.split
     for option, message in (
         ("--longest=two", "--longest: 'two' is not a whole number"),
         ("--train=-1", "is not a whole number"),

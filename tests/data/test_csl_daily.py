@@ -48,7 +48,7 @@ def test_csl_daily_official_tree(tmp_path, source):
         (tmp_path / "sentence_label/video_map.txt").write_text(
             "\n".join(["index|name|length|gloss|char|word|postag", *lines])
         )
-    train, dev, *left = csl_daily.clips(tmp_path)
+    train, dev, *skipped = csl_daily.clips(tmp_path)
     assert (train.key, train.split, train.text, train.gloss, train.signer) == (
         "S000000_P0000_T00",
         "train",
@@ -62,7 +62,7 @@ def test_csl_daily_official_tree(tmp_path, source):
         encode(dev, EncodeOptions())[1]["fps"],
         len(list(dev.media.frames()[1])),
     ) == ("dev", "3", 30, 4)
-    assert [(x.key, x.split, x.cause) for x in left] == [
+    assert [(x.key, x.split, x.cause) for x in skipped] == [
         ("S000005_P0004_T00", "train", "is in the split file but has no label"),
         ("S000002_P0001_T00", "test", MISSING),
     ]
@@ -73,8 +73,8 @@ def test_names_of_csl_daily_without_a_split_or_with_an_unknown_one_are_left_out(
     split = tmp_path / "sentence_label/split_1.txt"
     split.write_text("name|split\nS000000_P0000_T00|trian\nS000001_P0003_T00|dev\n")
     (tmp_path / "sentence_label/csl2020ct_v2.pkl").write_bytes(pickle.dumps({"info": CSL_ROWS}))
-    left = [x for x in csl_daily.clips(tmp_path) if isinstance(x, SkippedClip)]
-    assert [(x.key, x.cause) for x in left] == [
+    skipped = [x for x in csl_daily.clips(tmp_path) if isinstance(x, SkippedClip)]
+    assert [(x.key, x.cause) for x in skipped] == [
         ("S000000_P0000_T00", "its split is none of train, dev, test"),
         ("S000002_P0001_T00", "has a label but is not in the split file"),
     ]
@@ -82,9 +82,9 @@ def test_names_of_csl_daily_without_a_split_or_with_an_unknown_one_are_left_out(
 
 def test_different_labels_of_one_name_are_all_named(tmp_path):
     csl_tree(tmp_path)
-    other = [{**row, "label_char": [*"不好"]} for row in CSL_ROWS[:2]]
+    changed = [{**row, "label_char": [*"不好"]} for row in CSL_ROWS[:2]]
     (tmp_path / "sentence_label/csl2020ct_v2.pkl").write_bytes(
-        pickle.dumps({"info": [*CSL_ROWS, CSL_ROWS[2], *other]})
+        pickle.dumps({"info": [*CSL_ROWS, CSL_ROWS[2], *changed]})
     )
     with pytest.raises(
         UserError,

@@ -33,14 +33,12 @@ def test_a_model_sees_red_green_and_blue_in_this_order_and_the_middle_of_the_fra
     image[:, :, 1] = 255  # green around, 8 wide; inside red at the left and blue at the right
     image[8:-8, 8:32], image[8:-8, 32:-8] = (255, 0, 0), (0, 0, 255)
     data, meta = encode(Clip("k", "train", "t", Images([image])), EncodeOptions())
-    (whole,) = frames = decode(
-        data, 48, 4, 300, meta["num_frames"]
-    )  # squeezed: 8 of 64 columns are 6 of 48
-    (middle,) = centre_crop(frames, 30)
-    assert whole.shape == (48, 48, 3) and middle.shape == (30, 30, 3)
+    frames = decode(data, 48, 4, 300, meta["num_frames"])
+    (squeezed,), (middle,) = frames, centre_crop(frames, 30)  # 8 of 64 columns are 6 of 48
+    assert squeezed.shape == (48, 48, 3) and middle.shape == (30, 30, 3)
     for part, colour in (
-        (whole[:6, :4], 1),
-        (whole[-6:, -4:], 1),
+        (squeezed[:6, :4], 1),
+        (squeezed[-6:, -4:], 1),
         (middle[:, :13], 0),
         (middle[:, -13:], 2),
     ):

@@ -78,10 +78,10 @@ def test_labels_name_videos_and_folders_too(tmp_path):
     write_labels(
         tmp_path / "labels", [{"name": str(i), "text": "x"} | row for i, row in enumerate(rows)]
     )
-    *clips, leads, none = labels.clips(tmp_path / "labels", tmp_path / "videos")
+    *clips, outside, no_path = labels.clips(tmp_path / "labels", tmp_path / "videos")
     counts = [encode(clip, EncodeOptions())[1]["num_frames"] for clip in clips]
     assert counts == [7, 7, 7, 5, 1, 7] and numbers(clips[0].media) == list(range(7))
-    assert "leads out" in leads.cause and none.cause.startswith("is no clip of")
+    assert "leads out" in outside.cause and no_path.cause.startswith("is no clip of")
 
 
 def test_labels_of_val_are_not_passed_over(tmp_path):
@@ -115,13 +115,13 @@ def test_labels_that_give_no_clip_are_left_out_with_the_cause(tmp_path):
         for path in ("../outside/images0001.png", str(tmp_path / "outside/images0001.png"))
     ]
     write_labels(tmp_path / "labels", [*bad, "no row", good])
-    *left, clip = labels.clips(tmp_path / "labels", tmp_path / "frames")
+    *skipped, clip = labels.clips(tmp_path / "labels", tmp_path / "frames")
     half, row, leads = (
         "its text holds a NUL or half a character",
         "is no clip of {name, text, gloss, imgs_path or video_path}",
         "a path in it is empty or leads out of the folder of images",
     )
-    assert [x.cause for x in left] == [
+    assert [x.cause for x in skipped] == [
         "has no text",
         half,
         half,
@@ -132,7 +132,7 @@ def test_labels_that_give_no_clip_are_left_out_with_the_cause(tmp_path):
         leads,
         row,
     ]
-    assert isinstance(clip, Clip) and left[-1].key == "clip 9"
+    assert isinstance(clip, Clip) and skipped[-1].key == "clip 9"
     with pytest.raises(UserError, match="another --root"):
         list(labels.clips(tmp_path / "labels", tmp_path / "outside"))
 
@@ -173,11 +173,11 @@ def test_a_hostile_pickle_runs_nothing(tmp_path):
 def test_a_pickle_takes_no_time_or_memory_that_its_size_does_not_explain(tmp_path):
     """Each is below 1 kB, and pickle.load needs gigabytes or years for it."""
     nested = b"\x80\x04)" + b"2\x86" * 60  # () -> ((), ()) -> …, whose hash takes 2^60 steps
-    for content, said in (
+    for content, message in (
         (nested[:2] + b"}" + nested[2:] + b"Ns.", "unhashable"),
         (b"\x80\x04Nr\xff\xff\xff\x7f.", "NoneType"),
         (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".", "refused"),
     ):
         write_labels(tmp_path / "labels", content)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             list(labels.clips(tmp_path / "labels", tmp_path))

@@ -73,7 +73,9 @@ def test_a_killed_run_resumes_to_equal_bytes_on_a_terminal_too(tmp_path):
         "--size=36",
         "--per_shard=4",
     ]
-    subprocess.run([*command, f"--out={tmp_path / 'whole'}"], check=True, capture_output=True)
+    subprocess.run(
+        [*command, f"--out={tmp_path / 'uninterrupted'}"], check=True, capture_output=True
+    )
     killed = subprocess.Popen(
         [*command, f"--out={tmp_path / 'killed'}"],
         start_new_session=True,
@@ -95,39 +97,40 @@ def test_a_killed_run_resumes_to_equal_bytes_on_a_terminal_too(tmp_path):
     ):
         os.close(terminal)
         drawn = b""
-        with contextlib.suppress(OSError):  # once nobody holds the terminal any more
+        with contextlib.suppress(OSError):  # when the command closes the terminal
             while part := os.read(screen, 4096):
                 drawn += part
     os.close(screen)
     assert b"32/32" in drawn
-    left = digests(tmp_path / "killed")
-    assert {k: v for k, v in left.items() if not k.endswith(".part")} == digests(tmp_path / "whole")
+    resumed = digests(tmp_path / "killed")
+    resumed = {name: digest for name, digest in resumed.items() if not name.endswith(".part")}
+    assert resumed == digests(tmp_path / "uninterrupted")
 
 
-def test_parts_made_side_by_side_and_then_joined_are_the_same_bytes_as_in_one_go(tmp_path):
+def test_parts_written_in_parallel_and_then_joined_are_the_bytes_of_one_run(tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video" * 100)
     clips = [
         *synthetic.clips(train=9, dev=3, test=1, size=36),
         Clip("bad", "train", "text", VideoFile(str(bad))),
     ]
-    whole = make_shards(clips, tmp_path / "whole", EncodeOptions(per_shard=3), {"name": "test"}, 2)
-    parts = [tmp_path / "parts", EncodeOptions(per_shard=3), {"name": "test"}, 1]
+    options, out = EncodeOptions(per_shard=3), tmp_path / "parts"
+    dataset = make_shards(clips, tmp_path / "single", options, {"name": "test"}, 2)
+    assert [row["key"] for row in dataset["left_out"]] == ["bad"]
+
+    def make(part: tuple[int, int] = (0, 1)) -> dict:
+        return make_shards(clips, out, options, {"name": "test"}, 1, part)
+
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+
     with ThreadPoolExecutor(3) as threads:
-        assert list(threads.map(lambda i: make_shards(clips, *parts, (i, 3)), range(3))) == [
-            {},
-            {},
-            {},
-        ]
-    assert not (tmp_path / "parts/dataset.json").exists()
-    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.tar")}
-    assert make_shards(clips, *parts) == whole and [row["key"] for row in whole["left_out"]] == [
-        "bad"
-    ]
-    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
-    assert made == {
-        p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").glob("*.tar")
-    }  # joining made none again
+        assert list(threads.map(make, [(0, 3), (1, 3), (2, 3)])) == [{}, {}, {}]
+    assert not (out / "dataset.json").exists()
+    before = times()
+    assert make() == dataset
+    assert digests(out) == digests(tmp_path / "single")
+    assert times() == before  # joining writes no shard again
 
 
 def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(tmp_path):
@@ -149,11 +152,9 @@ def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(tmp_path):
     )
 
 
-def test_a_row_that_is_there_twice_is_kept_once_and_different_rows_of_one_key_are_all_named(
-    tmp_path,
-):
-    first, second, third = synthetic.clips(train=3, dev=0, test=0, size=36)
-    again = replace(first)  # equal, and not the same
+def test_a_repeated_row_is_kept_once(tmp_path):
+    first, second = synthetic.clips(train=2, dev=0, test=0, size=36)
+    again = replace(first)  # equal, and not the same object
     dataset = make_shards(
         [first, second, again, replace(first, split="dev")],
         tmp_path / "out",
@@ -170,6 +171,9 @@ def test_a_row_that_is_there_twice_is_kept_once_and_different_rows_of_one_key_ar
             "cause": "is there twice: a row before it is equal",
         }
     ]
+
+
+def test_different_rows_with_one_key_are_all_named(tmp_path):
     videos = [VideoFile(f"{name}.mp4") for name in "xyz"]
     rows = [
         Clip("a_b", "train", "text", videos[0]),
@@ -180,7 +184,7 @@ def test_a_row_that_is_there_twice_is_kept_once_and_different_rows_of_one_key_ar
         UserError, match=r"one key, .*: train 'a_b' \(x.mp4, y.mp4\); dev 'c' \(z.mp4\)$"
     ):
         make_shards(
-            [*rows, replace(rows[2], text="other"), third],
+            [*rows, replace(rows[2], text="other")],
             tmp_path / "clash",
             EncodeOptions(),
             {"name": "test"},

@@ -6,105 +6,111 @@ import pytest
 
 from flallm.data.corpora import synthetic, words
 from flallm.data.corpora.english import Clause, translate
+from flallm.data.corpora.signer import HAND, Sign, make_signer, perform
 from flallm.data.encode import EncodeOptions, encode
 from flallm.utils import UserError
 
 
-def test_synthetic_is_what_it_says():
-    train, test = (
-        list(synthetic.sentences(split, n)) for split, n in (("train", 2400), ("test", 250))
-    )
-    assert (
-        len(synthetic.GLOSSES) >= 60 and len({w for _, text in train for w in text.split()}) >= 120
-    )
+def long_sentences(sentences: list) -> set[tuple[str, ...]]:
+    return {tuple(glosses) for glosses, _ in sentences if len(glosses) > 2}
+
+
+def test_the_demo_corpus_is_as_its_docstring_says():
+    train = list(synthetic.sentences("train", 2400))
+    test = list(synthetic.sentences("test", 250))
+    vocabulary = set(" ".join(text for _, text in train).split())
+    assert len(synthetic.GLOSSES) >= 60 and len(vocabulary) >= 120
     assert len(set(map(str, synthetic.lexicon().values()))) == len(synthetic.GLOSSES)
     lengths = [len(glosses) for glosses, _ in train]
     assert min(lengths) == 1 and max(lengths) == 8
-    seen = {text for _, text in train}
-    assert sum(text in seen for _, text in test) < len(test) / 2
-    assert not {tuple(g) for g, _ in train if len(g) > 2} & {tuple(g) for g, _ in test}
+    train_texts = {text for _, text in train}
+    assert sum(text in train_texts for _, text in test) < len(test) / 2
+    assert not long_sentences(train) & long_sentences(test)
     signers = {split: set(numbers) for split, numbers in synthetic.signers().items()}
     assert not signers["train"] & (signers["dev"] | signers["test"])
-    a, b = (
-        encode(next(synthetic.clips(seed=3, train=1, dev=0, test=0)), EncodeOptions())
-        for _ in range(2)
-    )
-    assert a == b
 
 
-def test_the_demos_sentences_stay_what_they_are():
+def test_a_clip_is_encoded_to_equal_bytes_twice():
+    def encoded() -> tuple[bytes, dict]:
+        return encode(next(synthetic.clips(seed=3, train=1, dev=0, test=0)), EncodeOptions())
+
+    assert encoded() == encoded()
+
+
+def test_the_sentences_of_the_demo_stay_the_same():
     """Scores are compared over versions."""
-    digest = hashlib.sha256(
-        "".join(
-            f"{' '.join(g)}|{t}\n"
-            for split in ("train", "dev", "test")
-            for g, t in synthetic.sentences(split, 500)
-        ).encode()
-    )
+    digest = hashlib.sha256()
+    for split in ("train", "dev", "test"):
+        for glosses, text in synthetic.sentences(split, 500):
+            digest.update(f"{' '.join(glosses)}|{text}\n".encode())
     assert digest.hexdigest().startswith("0c1ac1df1c2a7a0e")
 
 
-def test_the_benchmark_corpus_is_what_its_dials_say():
-    dials = synthetic.PRESETS["bench"]
-    for wrong, said in (
+@pytest.mark.parametrize(
+    "change,message",
+    [
         ({"many": False}, "joined needs many"),
         ({"signers": (8,)}, "signers: three numbers are needed"),
         ({"clips": (8, 0, 1)}, "clips: three"),
-    ):
-        with pytest.raises(UserError, match=said):
-            replace(dials, **wrong)
-    train, test, text = (
-        list(synthetic.sentences(split, n, dials=dials))
-        for split, n in (("train", 4800), ("test", 400), ("text", 4800))
-    )
-    assert (
-        len(synthetic.MANY_GLOSSES) > 2 * len(synthetic.GLOSSES)
-        and max(len(g) for g, _ in train) > 12
-    )
-    # Test has unseen signers, sentences and, in some of them, pairs of a noun and another word
-    # that only text alone has.
-    people = synthetic.signers(dials)
-    assert not set(people["train"]) & {*people["dev"], *people["test"]}
-    assert not {tuple(g) for g, _ in train if len(g) > 2} & {tuple(g) for g, _ in test}
-    held_out = [
-        sum(
-            any(synthetic.is_held_out(*pair, dials) for pair in synthetic.pairs(g)) for g, _ in part
-        )
-        for part in (train, test, text)
-    ]
-    assert held_out[0] == 0 and held_out[1] > 40 and held_out[2] > 480
-    # One signing has several texts, words are long-tailed, and a reason is signed first.
-    texts = {}
-    for glosses, sentence in train:
-        texts.setdefault(tuple(glosses), set()).add(sentence)
-    assert sum(len(g) > 4 and len(said) > 1 for g, said in texts.items()) > 100
-    counts = sorted((sum(g.count(noun) for g, _ in train) for noun in words.NOUNS), reverse=True)
-    assert counts[0] > 5 * counts[-1] > 0
-    glosses, sentence = next(
-        (g, t) for g, t in train if "BECAUSE" in g and "SNOW" in g[: g.index("BECAUSE")]
-    )
-    assert "snow" in sentence[sentence.index(" because ") :]
+    ],
+)
+def test_a_corpus_config_that_cannot_be_is_a_user_error(change, message):
+    with pytest.raises(UserError, match=message):
+        replace(synthetic.PRESETS["bench"], **change)
 
 
-def test_a_signs_form_depends_on_its_neighbours():
-    from flallm.data.corpora.signer import HAND, Sign, make_signer, perform
+def test_the_benchmark_corpus_is_as_its_config_says():
+    dials = synthetic.PRESETS["bench"]
+    train = list(synthetic.sentences("train", 4800, dials=dials))
+    test = list(synthetic.sentences("test", 400, dials=dials))
+    text_alone = list(synthetic.sentences("text", 4800, dials=dials))
+    assert len(synthetic.MANY_GLOSSES) > 2 * len(synthetic.GLOSSES)
+    assert max(len(glosses) for glosses, _ in train) > 12
+    signers = synthetic.signers(dials)
+    assert not set(signers["train"]) & {*signers["dev"], *signers["test"]}
+    assert not long_sentences(train) & long_sentences(test)
 
-    high, low = (
-        Sign("fist", "up", "forehead", "hold", "one"),
-        Sign("five", "down", "low", "hold", "one"),
-    )
+    def num_held_out(sentences: list) -> int:
+        """Sentences with a pair of a noun and another word that no training clip has."""
+        count = 0
+        for glosses, _ in sentences:
+            pairs = synthetic.pairs(glosses)
+            count += any(synthetic.is_held_out(*pair, dials) for pair in pairs)
+        return count
+
+    assert num_held_out(train) == 0
+    assert num_held_out(test) > 40 and num_held_out(text_alone) > 480
+
+
+def test_the_benchmark_corpus_has_paraphrases_rare_words_and_reordered_clauses():
+    train = list(synthetic.sentences("train", 4800, dials=synthetic.PRESETS["bench"]))
+    texts: dict[tuple[str, ...], set[str]] = {}  # of each signing
+    for glosses, text in train:
+        texts.setdefault(tuple(glosses), set()).add(text)
+    assert sum(len(signing) > 4 and len(texts[signing]) > 1 for signing in texts) > 100
+    counts = sorted(sum(glosses.count(noun) for glosses, _ in train) for noun in words.NOUNS)
+    assert counts[-1] > 5 * counts[0] > 0
+    # A reason is signed before its main clause, and comes after it in English.
+    for glosses, text in train:
+        if "BECAUSE" in glosses and "SNOW" in glosses[: glosses.index("BECAUSE")]:
+            assert "snow" in text[text.index(" because ") :]
+            return
+    raise AssertionError("no sentence has snow as its reason")
+
+
+def test_the_form_of_a_sign_depends_on_its_neighbours():
+    high = Sign("fist", "up", "forehead", "hold", "one")
+    low = Sign("five", "down", "low", "hold", "one")
 
     def first_sign(*signs: Sign, assimilation: float) -> np.ndarray:
-        return perform(list(signs), make_signer(0), np.random.default_rng(0), assimilation)[
-            8:12, :HAND
-        ]
+        rng = np.random.default_rng(0)
+        return perform(list(signs), make_signer(0), rng, assimilation)[8:12, :HAND]
 
-    alone, before_low = (first_sign(*signs, assimilation=0.5) for signs in ((high,), (high, low)))
-    assert (
-        before_low[:, 1].mean() > alone[:, 1].mean() + 0.2
-        and before_low[:, 4].mean() > alone[:, 4].mean() + 0.3
-    )  # lower, and the index opens
-    assert np.array_equal(first_sign(high, assimilation=0.5), first_sign(high, assimilation=0))
+    single, before_low = first_sign(high, assimilation=0.5), first_sign(high, low, assimilation=0.5)
+    y, index_finger = 1, 4
+    assert before_low[:, y].mean() > single[:, y].mean() + 0.2  # lower
+    assert before_low[:, index_finger].mean() > single[:, index_finger].mean() + 0.3  # more open
+    assert np.array_equal(single, first_sign(high, assimilation=0))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
+from itertools import product
 from zlib import crc32
 
 import av
@@ -146,7 +147,7 @@ def pairs(glosses: list[str]) -> list[tuple[str, str]]:
     """Every noun of a sentence with every verb and adjective of it."""
     nouns = [gloss for gloss in glosses if gloss in NOUNS]
     others = [gloss for gloss in glosses if gloss in VERBS or gloss in ADJECTIVES]
-    return [(noun, other) for noun in nouns for other in others]
+    return list(product(nouns, others))
 
 
 def is_held_out(noun: str, other: str, dials: CorpusConfig) -> bool:
