@@ -1,3 +1,5 @@
+"""Files of video and images for tests."""
+
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -34,12 +36,10 @@ def numbered(
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.options = {"preset": "veryfast", "crf": "1", "x264-params": x264}
         for i in range(count):
-            columns = np.repeat([255 * (first + i >> bit & 1) for bit in range(8)], 8).astype(
-                np.uint8
-            )
-            frame = av.VideoFrame.from_ndarray(
-                np.broadcast_to(columns[:, None], (48, 64, 3)).copy(), "rgb24"
-            )
+            bits = [255 * (first + i >> bit & 1) for bit in range(8)]
+            columns = np.repeat(bits, 8).astype(np.uint8)
+            image = np.broadcast_to(columns[:, None], (48, 64, 3)).copy()
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
             frame.pts, frame.time_base = i + start, 1 / Fraction(fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -47,10 +47,12 @@ def numbered(
 
 
 def numbers(media) -> list[int]:
-    return [
-        int(sum((f.to_ndarray(format="gray")[24, 8 * bit + 4] > 128) << bit for bit in range(8)))
-        for _, f in media.frames()[1]
-    ]
+    """The numbers that the frames of a `numbered` video show."""
+    shown = []
+    for _, frame in media.frames()[1]:
+        columns = frame.to_ndarray(format="gray")[24, 4::8] > 128
+        shown.append(sum(1 << bit for bit in range(8) if columns[bit]))
+    return shown
 
 
 def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> None:

@@ -28,20 +28,14 @@ def test_phoenix14t_official_tree(tmp_path):
         (root / f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv").write_text(header + row)
         folder = root / "features/fullFrame-210x260px" / split / name
         images(folder / "1" if split == "dev" else folder)  # some trees still have the 1/
-    (
-        root / "features/fullFrame-210x260px/train/01April_2010_Thursday_heute-6694/x.lprof"
-    ).write_text("stray")
+    train = root / "features/fullFrame-210x260px/train"
+    (train / "01April_2010_Thursday_heute-6694/x.lprof").write_text("stray")
     rows = list(phoenix14t.clips(tmp_path / "PHOENIX-2014-T-release-v3"))
-    clips, skipped = (
-        [x for x in rows if isinstance(x, Clip)],
-        [x for x in rows if isinstance(x, SkippedClip)],
-    )
-    assert [x.cause for x in skipped] == [
-        MISSING,
-        MISSING,
-        "has no text",
-        "has 2 fields, not 7",
-    ] and skipped[3].source.endswith("test.corpus.csv:6")
+    clips = [row for row in rows if isinstance(row, Clip)]
+    skipped = [row for row in rows if isinstance(row, SkippedClip)]
+    causes = [MISSING, MISSING, "has no text", "has 2 fields, not 7"]
+    assert [row.cause for row in skipped] == causes
+    assert skipped[3].source.endswith("test.corpus.csv:6")
     assert [(c.split, c.text, c.gloss, c.signer) for c in clips] == [
         (s, 'und nun "die wettervorhersage', "JETZT WETTER", "Signer04")
         for s in ("train", "dev", "test")

@@ -37,30 +37,17 @@ def test_shards_with_a_split_without_clips_are_refused_before_they_are_used(copi
         [sys.executable, TOOL, "verify", copied], capture_output=True, text=True
     )
     assert (verified.returncode, verified.stdout) == (2, "") and line in verified.stderr
-    states = {
-        what: (state, said)
-        for state, what, said in doctor._shards(small("stage1", {"data.shards": str(copied)}))
-    }
-    assert (
-        states["data: train"][0] == "MISS"
-        and line in states["data: train"][1]
-        and states["data: dev"][0] == "OK"
-    )
-    for recipe in (
-        "demo",
-        "phoenix14t",
-    ):  # lengths that are published do not stand in for shards that are there
-        planned = flallm(
-            "plan",
-            recipe,
-            "--world_size=1",
-            "--stage=stage1",
-            f"--data.shards={copied}",
-            cwd=copied,
-        )
-        assert (
-            planned.returncode == 2 and line in planned.stderr and planned.stderr.count("\n") == 1
-        )
+    config = small("stage1", {"data.shards": str(copied)})
+    states = {name: (state, text) for state, name, text in doctor._shards(config)}
+    state, text = states["data: train"]
+    assert state == "MISS" and line in text
+    assert states["data: dev"][0] == "OK"
+    # Published lengths do not replace shards that exist.
+    options = ["--world_size=1", "--stage=stage1", f"--data.shards={copied}"]
+    for recipe in ("demo", "phoenix14t"):
+        planned = flallm("plan", recipe, *options, cwd=copied)
+        assert planned.returncode == 2
+        assert line in planned.stderr and planned.stderr.count("\n") == 1
     dataset["splits"] = {}
     (copied / "dataset.json").write_text(json.dumps(dataset))
     with pytest.raises(UserError, match="it has no split"):
@@ -97,9 +84,9 @@ def test_an_altered_shard_is_noticed(copied):
         dev.read(1)
 
 
-def spoil(folder: Path, what: str) -> None:
+def spoil(folder: Path, damage: str) -> None:
     shard, index = folder / "dev-000000.tar", folder / "dev.index.safetensors"
-    match what:
+    match damage:
         case "missing shard":
             shard.unlink()
         case "short shard":
@@ -121,7 +108,7 @@ def spoil(folder: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "what,said",
+    "damage,message",
     [
         ("missing shard", r"dev-000000.tar is missing: make it again"),
         ("short shard", r"dev-000000.tar is cut short or altered: make it again"),
@@ -134,9 +121,9 @@ def spoil(folder: Path, what: str) -> None:
         ("no dataset.json", r"dataset.json cannot be read"),
     ],
 )
-def test_shards_that_are_not_whole_are_refused_in_one_line_when_they_are_opened(copied, what, said):
-    spoil(copied, what)
-    with pytest.raises(UserError, match=said) as caught:
+def test_damaged_shards_are_refused_in_one_line_when_they_are_opened(copied, damage, message):
+    spoil(copied, damage)
+    with pytest.raises(UserError, match=message) as caught:
         Shards(copied, "dev")
     assert "\n" not in str(caught.value)
 
@@ -152,23 +139,23 @@ def rewrite(shard: Path, change) -> None:
     shard.write_bytes(shard.read_bytes()[:size].ljust(size, b"\0"))
 
 
-def alter(folder: Path, what: str) -> None:
+def alter(folder: Path, damage: str) -> None:
     """Things that are there when the shards are opened, and only come out when they are read."""
     shard = folder / "dev-000000.tar"
     last = 15  # of 8 samples' files
 
     def change(tar, number, member, content):
-        if what == "renamed member" and number == 1:
+        if damage == "renamed member" and number == 1:
             member.name = "../" + member.name
         if (
-            what == "member is a link" and number == last
+            damage == "member is a link" and number == last
         ):  # over the same bytes, which the tar then holds as padding
             member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(member, io.BytesIO(content))
-        if what == "extra member" and number == last:
+        if damage == "extra member" and number == last:
             tar.addfile(tarfile.TarInfo("extra.json"))
 
-    match what:
+    match damage:
         case "flipped byte":
             flip(shard, int(Shards(folder, "dev").index["video_offset"][3]) + 500)
         case "no tar":
@@ -178,7 +165,7 @@ def alter(folder: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "what,said",
+    "damage,messages",
     [
         ("flipped byte", ["sample 3 is not what the index says"]),
         ("renamed member", ["member 1 is not the file the index says: the tar was changed"]),
@@ -187,10 +174,12 @@ def alter(folder: Path, what: str) -> None:
         ("no tar", ["no readable tar"]),
     ],
 )
-def test_verify_finds_what_is_wrong(copied, what, said):
-    alter(copied, what)
+def test_verify_finds_damage(copied, damage, messages):
+    alter(copied, damage)
     lines = list(verify(copied, ["dev"], 1))
-    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines)), lines
+    assert len(lines) == len(messages), lines
+    for message, line in zip(messages, lines):
+        assert message in line
 
 
 def test_verify_finds_frames_that_are_not_those_of_the_index(copied):
