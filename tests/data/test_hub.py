@@ -1,4 +1,4 @@
-"""Models by their hub name: from a hub, from its cache without a network, and one line where neither has them."""
+"""Models by their hub name: from a hub, from its cache, and one line where neither has them."""
 
 import hashlib
 import http.server
@@ -93,7 +93,7 @@ def endpoint(tmp_path):
 
 
 def python(code: str, home: Path, endpoint: str, *arguments: str) -> subprocess.CompletedProcess:
-    """The code in a process of its own: what hub and cache are is read when huggingface_hub is imported."""
+    """Runs code in a new process, because huggingface_hub reads the environment on import."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {
         "HF_HOME": str(home),

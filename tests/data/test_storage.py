@@ -1,4 +1,7 @@
-"""Shards at an address: a web server with ranges and an S3-compatible one, both real and local, both failing when told to."""
+"""Shards at an address: a web server with ranges and an S3-compatible server.
+
+Both are real and local, and fail when told to.
+"""
 
 import http.server
 import os
@@ -21,7 +24,10 @@ from flallm.utils import UserError
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves the files of a folder, whole or by range, and fails the next `failures` requests: each is a status, or None for a dropped connection."""
+    """Serves the files of a folder, entire or by range.
+
+    The next requests fail as `failures` says: a status, or None for a dropped connection.
+    """
 
     daemon_threads = True
 
@@ -70,11 +76,11 @@ def server(shards, monkeypatch):
         server.shutdown()
 
 
-def assert_the_same(there: Shards, here: Shards):
-    assert len(there) == len(here) and all(
-        np.array_equal(there.index[name], here.index[name]) for name in here.index
+def assert_the_same(remote: Shards, local: Shards):
+    assert len(remote) == len(local) and all(
+        np.array_equal(remote.index[name], local.index[name]) for name in local.index
     )
-    assert [there.read(i) for i in range(len(here))] == [here.read(i) for i in range(len(here))]
+    assert [remote.read(i) for i in range(len(local))] == [local.read(i) for i in range(len(local))]
 
 
 def test_shards_on_a_web_server_give_the_bytes_of_those_on_disk(server, shards):
@@ -101,9 +107,9 @@ def test_shards_in_an_object_store_give_the_bytes_of_those_on_disk(shards, monke
         client.create_bucket(Bucket="corpora")
         for path in shards.iterdir():
             client.upload_file(str(path), "corpora", f"small/{path.name}")
-        there, here = Shards("s3://corpora/small", "dev"), Shards(shards, "dev")
-        assert_the_same(there, here)
-        assert list(there.metas()) == [here.meta(i) for i in range(len(here))]
+        remote, local = Shards("s3://corpora/small", "dev"), Shards(shards, "dev")
+        assert_the_same(remote, local)
+        assert list(remote.metas()) == [local.meta(i) for i in range(len(local))]
         with pytest.raises(UserError, match="holds no finished shards"):
             Shards("s3://corpora/other", "dev")
     finally:
@@ -124,10 +130,10 @@ def test_the_loader_reads_from_an_address(server, shards, tmp_path):
             for b in loader.batches(clips, Letters(), [[(0, n)] for n in range(8)], workers)
         ]
 
-    here = frames(0, shards=str(shards))
-    assert frames(2, shards=server.address, cache=str(tmp_path)) == here
+    local = frames(0, shards=str(shards))
+    assert frames(2, shards=server.address, cache=str(tmp_path)) == local
     asked = len(server.requests)
-    assert frames(2, shards=server.address, cache=str(tmp_path)) == here
+    assert frames(2, shards=server.address, cache=str(tmp_path)) == local
     assert not [path for path, _ in server.requests[asked:] if path.endswith(".tar")]
 
 
@@ -193,11 +199,11 @@ def test_an_address_of_a_kind_that_does_not_exist_is_the_users_mistake():
 def test_the_cache_spares_requests_and_an_altered_entry_is_noticed_and_dropped(
     server, shards, tmp_path
 ):
-    here = Shards(shards, "dev")
-    there = Shards(server.address, "dev", str(tmp_path))
-    assert_the_same(there, here)
+    local = Shards(shards, "dev")
+    remote = Shards(server.address, "dev", str(tmp_path))
+    assert_the_same(remote, local)
     asked = len(server.requests)
-    assert_the_same(there, here)
+    assert_the_same(remote, local)
     assert len(server.requests) == asked
     for entry in tmp_path.rglob("*"):
         if entry.is_file():
@@ -205,8 +211,8 @@ def test_the_cache_spares_requests_and_an_altered_entry_is_noticed_and_dropped(
             content[len(content) // 2] ^= 1
             entry.write_bytes(content)
     for _ in range(2):
-        assert_the_same(there, here)
-        assert len(server.requests) == asked + len(here)  # each is asked for once more
+        assert_the_same(remote, local)
+        assert len(server.requests) == asked + len(local)  # each is asked for once more
 
 
 def test_two_addresses_in_one_cache_are_not_taken_for_each_other(server, tmp_path):

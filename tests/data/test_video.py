@@ -1,4 +1,4 @@
-"""What a model sees is what the file shows: colours, times and rates of real files, from shards and in translate."""
+"""Models see what files show: colours, times and rates, from shards and in `translate`."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from test_corpora import numbers, set_display_matrix
+from videos import numbers, set_display_matrix
 
 from flallm import config as cfg
 from flallm.data.clips import Clip
@@ -152,7 +152,10 @@ def test_hdr_is_mapped_so_that_reference_white_is_white(transfer, reference_whit
 def write_numbered(
     path: Path, times: list[Fraction], rate: int = 25, sound: float | None = None, first: int = 0
 ) -> str:
-    """A video whose frame i shows i as eight columns and begins at times[i]; with sound from `sound` seconds on."""
+    """A video whose frame i shows i as eight columns and begins at times[i].
+
+    sound: when its sound begins, in seconds.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "4", "bf": "0"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
