@@ -156,7 +156,8 @@ def _computation(plan: Plan) -> list[Row]:
     if device.kind == "cuda":
         how = (
             f"at {device.reached:.0%} of {device.tflops:g} TFLOP/s, "
-            f"on the slowest rank by balance, and {duration(plan.launch)} to launch it: both as on an H100"
+            f"on the slowest rank by balance, and {duration(plan.launch)} to launch it: "
+            "both as on an H100"
         )
     else:
         how = (
