@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from figures import figure
 
-from flallm import cli
+from flallm.commands import parse
+from flallm.commands.parse import Count
 from flallm.data.corpora import synthetic
 from flallm.data.dataset import IGNORE_INDEX
 from flallm.data.reader import Shards
@@ -102,7 +103,7 @@ def bleu4(train: list[tuple[str, str]], test: list[tuple[str, str]], llm: str, s
     return metrics.bleu4(said, [text for _, text in test], "raw")
 
 
-def card(shards: str, llm: str, *, steps: str = "800") -> cli.DeferredCommand:
+def card(shards: str, llm: str, *, steps: Count = 800) -> None:
     """Prints both bounds.
 
     Args:
@@ -110,61 +111,44 @@ def card(shards: str, llm: str, *, steps: str = "800") -> cli.DeferredCommand:
         llm: the folder of a small mBART
         steps: of fine-tuning
     """
-    number = cli.parse_int("steps", steps)
-
-    def work() -> None:
-        train, test = rows(shards, "train"), rows(shards, "test")
-        for name, blind in (("glossed_bleu4", False), ("blind_bleu4", True)):
-            pairs = [
-                [("" if blind else gloss, text) for gloss, text in part] for part in (train, test)
-            ]
-            figure(
-                name,
-                round(bleu4(*pairs, llm, number), 2),
-                "BLEU-4",
-                f"{len(test)} sentences, {number} steps",
-            )
-
-    return cli.DeferredCommand(work)
+    train, test = rows(shards, "train"), rows(shards, "test")
+    for name, blind in (("glossed_bleu4", False), ("blind_bleu4", True)):
+        pairs = [[("" if blind else gloss, text) for gloss, text in part] for part in (train, test)]
+        figure(
+            name,
+            round(bleu4(*pairs, llm, steps), 2),
+            "BLEU-4",
+            f"{len(test)} sentences, {steps} steps",
+        )
 
 
-def dials(llm: str, *, steps: str = "800") -> cli.DeferredCommand:
+def dials(llm: str, *, steps: Count = 800) -> None:
     """Prints the upper bound of bench, and with one dial after the other at the demo's value. Sentences are drawn, nothing is rendered.
 
     Args:
         llm: the folder of a small mBART, of bench's text
         steps: of fine-tuning
     """
-    number = cli.parse_int("steps", steps)
-
-    def work() -> None:
-        bench, demo = synthetic.PRESETS["bench"], synthetic.DEMO
-        for names in DIALS:
-            back = {name: getattr(demo, name) for name in names}
-            turned = replace(bench, **back)
-            drawn = {
-                split: synthetic.sentences(split, count, 0, turned)
-                for split, count in zip(("train", "dev", "test"), turned.clips)
-            }
-            train, test = (
-                [(" ".join(glosses).lower(), text) for glosses, text in drawn[split]]
-                for split in ("train", "test")
-            )
-            signs, words = (sum(len(pair[i].split()) for pair in test) / len(test) for i in (0, 1))
-            detail = (
-                f"{len(test)} sentences of {signs:.1f} signs and {words:.1f} words, {number} steps"
-            )
-            said = ",".join(f"{name}={value}" for name, value in back.items())
-            figure(
-                "glossed_bleu4",
-                round(bleu4(train, test, llm, number), 2),
-                "BLEU-4",
-                detail,
-                dials=said,
-            )
-
-    return cli.DeferredCommand(work)
+    bench, demo = synthetic.PRESETS["bench"], synthetic.DEMO
+    for names in DIALS:
+        back = {name: getattr(demo, name) for name in names}
+        turned = replace(bench, **back)
+        drawn = {
+            split: synthetic.sentences(split, count, 0, turned)
+            for split, count in zip(("train", "dev", "test"), turned.clips)
+        }
+        train, test = (
+            [(" ".join(glosses).lower(), text) for glosses, text in drawn[split]]
+            for split in ("train", "test")
+        )
+        signs, words = (sum(len(pair[i].split()) for pair in test) / len(test) for i in (0, 1))
+        detail = f"{len(test)} sentences of {signs:.1f} signs and {words:.1f} words, {steps} steps"
+        said = ",".join(f"{name}={value}" for name, value in back.items())
+        figure(
+            "glossed_bleu4", round(bleu4(train, test, llm, steps), 2), "BLEU-4", detail, dials=said
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run({"card": card, "dials": dials}, Path(__file__).name))
+    commands = {"card": card, "dials": dials}
+    sys.exit(parse.run(sys.argv[1:], commands, Path(__file__).name, lambda: __doc__))

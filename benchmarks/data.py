@@ -30,7 +30,7 @@ from flallm.data.reader import COLUMNS, Shards
 from flallm.data.sampler import TEXT_COST, BatchSampler, rank_batches
 from flallm.data.shards import _save, make_shards
 from flallm.data.transforms import decode, used_frames
-from flallm.planning.estimate import CORPORA
+from flallm.planning.lengths import CORPORA
 from flallm.utils import usable_cpus
 
 HEIGHT, WIDTH = 260, 210  # PHOENIX14T's frames

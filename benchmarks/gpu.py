@@ -31,7 +31,10 @@ from flallm.demo.pretrain import pretrain
 from flallm.distributed.context import init_distributed, shutdown
 from flallm.distributed.prefetch import prefetch_to_device
 from flallm.model.translator import Translator
-from flallm.planning import estimate as cost
+from flallm.planning.devices import DEVICES, GIB, Device
+from flallm.planning.estimate import memory
+from flallm.planning.lengths import CORPORA
+from flallm.planning.memory import SHAPES, StubTokenizer, dry_step
 from flallm.training.step import start_engine, train_step
 from flallm.utils import first_line, usable_cpus
 
@@ -80,14 +83,8 @@ def figure(name: str, value: float | None, unit: str, **more) -> None:
     )
 
 
-def card() -> cost.Device:
-    return cost.DEVICES[
-        "h200"
-        if "H200" in torch.cuda.get_device_name()
-        else "h100-80"
-        if "H100" in torch.cuda.get_device_name()
-        else "a100-80"
-    ]
+def card() -> Device:
+    return DEVICES["h200" if "H200" in torch.cuda.get_device_name() else "h100-80" if "H100" in torch.cuda.get_device_name() else "a100-80"]
 
 
 def ceiling(out: Path) -> None:
@@ -111,33 +108,24 @@ def product() -> float:
     return statistics.median(seconds)
 
 
-def case(name: str, out: Path) -> tuple[cfg.Config, cost.StubTokenizer, list[int], bool]:
+def case(name: str, out: Path) -> tuple[cfg.Config, StubTokenizer, list[int], bool]:
     stage, clips, features, changes = CASES[name]
     changes = {"llm.path": "facebook/mbart-large-cc25", "encoder.weights": "none", **changes}
-    shape = cost.SHAPES[changes["llm.path"]] | {
-        k: changes.pop(k) for k in ("vocab_size",) if k in changes
-    }
+    shape = SHAPES[changes["llm.path"]] | {k: changes.pop(k) for k in ("vocab_size",) if k in changes}
     (out / name).mkdir()
     (out / name / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     config = cfg.load("phoenix14t", stage, changes | {"llm.path": str(out / name)})
-    frames, _ = cost.CORPORA["phoenix14t"].lengths()
-    return (
-        config,
-        cost.StubTokenizer(shape["vocab_size"]),
-        used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(),
-        features,
-    )
+    frames, _ = CORPORA["phoenix14t"].lengths()
+    return config, StubTokenizer(shape["vocab_size"]), used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(), features
 
 
 def steps(out: Path, names: Iterable[str] = CASES) -> None:
     for name in names:
         config, text, lengths, features = case(name, out)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            there = pool.apply_async(
-                measured, (config, text, lengths, features, not name.endswith("_any_order"))
-            )
-            dry = cost.dry_step(config, text, lengths, TOKENS, features, "cuda")
-            planned = cost.memory(config, dry, 1, card())[-1].value
+            there = pool.apply_async(measured, (config, text, lengths, features, not name.endswith("_any_order")))
+            dry = dry_step(config, text, lengths, TOKENS, features, "cuda")
+            planned = memory(config, dry, 1, card()).peak
             try:
                 seconds, allocated, reserved, context = there.get()
             except RuntimeError as error:
@@ -145,12 +133,12 @@ def steps(out: Path, names: Iterable[str] = CASES) -> None:
                 continue
         figure(
             name, dry.flops / seconds / card().tflops / 1e12, "MFU", ms=round(seconds * 1000, 1), clips_per_s=round(len(lengths) / seconds, 1), frames=sum(lengths),
-            frames_per_s=round(sum(lengths) / seconds), tflop=round(dry.flops / 1e12, 3), tensors=dry.tensors, gib_planned=round(planned / cost.GIB, 2),
-            gib_measured=round((reserved + context) / cost.GIB, 2), gib_allocated=round(allocated / cost.GIB, 2), gib_context=round(context / cost.GIB, 2),
+            frames_per_s=round(sum(lengths) / seconds), tflop=round(dry.flops / 1e12, 3), tensors=dry.tensors, gib_planned=round(planned / GIB, 2),
+            gib_measured=round((reserved + context) / GIB, 2), gib_allocated=round(allocated / GIB, 2), gib_context=round(context / GIB, 2),
         )  # fmt: skip
 
 
-def prepared(config: cfg.Config, text: cost.StubTokenizer, lengths: list[int], features: bool):
+def prepared(config: cfg.Config, text: StubTokenizer, lengths: list[int], features: bool):
     """(engine, a batch on the host, ranks)"""
     ranks = init_distributed()
     torch.manual_seed(0)
@@ -171,13 +159,7 @@ def prepared(config: cfg.Config, text: cost.StubTokenizer, lengths: list[int], f
     )
 
 
-def measured(
-    config: cfg.Config,
-    text: cost.StubTokenizer,
-    lengths: list[int],
-    features: bool,
-    deterministic: bool,
-) -> tuple[float, int, int, int]:
+def measured(config: cfg.Config, text: StubTokenizer, lengths: list[int], features: bool, deterministic: bool) -> tuple[float, int, int, int]:
     """(median seconds of a step, peak bytes of tensors, peak bytes that the allocator held, bytes of the process besides)"""
     zero2, batch, ranks = prepared(config, text, lengths, features)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)

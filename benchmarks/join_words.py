@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from flallm import cli
+from flallm.commands.parse import Count, run_command, write_utf8
 from flallm.data.clips import Clip
 from flallm.data.corpora.synthetic import split_of
 from flallm.data.encode import EncodeOptions, encode_all
@@ -56,14 +56,14 @@ def sentences(
 def join(
     videos: str,
     *,
-    out: str,
-    train: str = "2000",
-    dev: str = "100",
-    test: str = "250",
-    longest: str = "5",
-    seed: str = "0",
-    short_side: str = "256",
-) -> cli.DeferredCommand:
+    out: Path,
+    train: Count = 2000,
+    dev: Count = 100,
+    test: Count = 250,
+    longest: Count = 5,
+    seed: Count = 0,
+    short_side: Count = 256,
+) -> None:
     """Writes DIR/<split>/<number>.mp4 and DIR/clips.tsv.
 
     Args:
@@ -76,16 +76,8 @@ def join(
         seed: of what is drawn
         short_side: pixels
     """
-    given = {
-        "train": train,
-        "dev": dev,
-        "test": test,
-        "longest": longest,
-        "seed": seed,
-        "short_side": short_side,
-    }
-    numbers = {name: cli.parse_int(name, value) for name, value in given.items()}
-    if not numbers["longest"]:
+    counts = {"train": train, "dev": dev, "test": test}
+    if not longest:
         raise UserError("--longest: a sentence has at least one word")
     files: dict[str, VideoFile] = {}
     for path in visible_files(Path(videos), "*.mp4"):
@@ -96,43 +88,37 @@ def join(
         raise UserError(f"{videos}: there is no .mp4 in it")
     words = list(files)
 
-    def work() -> None:
-        for split in ("train", "dev", "test"):
-            ensure_dir(Path(out) / split)
-        said = [
-            (split, one)
-            for split in ("train", "dev", "test")
-            for one in sentences(words, split, numbers[split], numbers["longest"], numbers["seed"])
-        ]
-        clips = (
-            Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one)))
-            for i, (split, one) in enumerate(said)
-        )
-        rows = [("video", "text", "split")]
-        for i, ((split, one), done) in enumerate(
-            zip(
-                said,
-                encode_all(clips, EncodeOptions(short_side=numbers["short_side"]), usable_cpus()),
-            )
-        ):
-            if isinstance(done, str):
-                raise UserError(f"{' + '.join(one)}: {done}")
-            path = Path(out) / split / f"{i:06d}.mp4"
-            path.write_bytes(done[0])
-            rows.append((path.relative_to(out), " ".join(one), split))
-        with open(
-            Path(out) / "clips.tsv", "w", newline="", encoding="utf-8"
-        ) as file:  # once there is all that it names
-            csv.writer(file, "excel-tab").writerows(rows)
-        text = sentences(words, "train", 20_000, numbers["longest"], numbers["seed"] + 1)
-        (Path(out) / "text.txt").write_text(
-            "".join(f"{' '.join(one)}\n" for one in text), encoding="utf-8"
-        )
-
-    return cli.DeferredCommand(work)
+    for split in ("train", "dev", "test"):
+        ensure_dir(out / split)
+    said = [
+        (split, one)
+        for split in ("train", "dev", "test")
+        for one in sentences(words, split, counts[split], longest, seed)
+    ]
+    clips = (
+        Clip(str(i), split, " ".join(one), Joined(tuple(files[word] for word in one)))
+        for i, (split, one) in enumerate(said)
+    )
+    rows = [("video", "text", "split")]
+    for i, ((split, one), done) in enumerate(
+        zip(said, encode_all(clips, EncodeOptions(short_side=short_side), usable_cpus()))
+    ):
+        if isinstance(done, str):
+            raise UserError(f"{' + '.join(one)}: {done}")
+        path = out / split / f"{i:06d}.mp4"
+        path.write_bytes(done[0])
+        rows.append((path.relative_to(out), " ".join(one), split))
+    with open(
+        out / "clips.tsv", "w", newline="", encoding="utf-8"
+    ) as file:  # once there is all that it names
+        csv.writer(file, "excel-tab").writerows(rows)
+    text = sentences(words, "train", 20_000, longest, seed + 1)
+    (out / "text.txt").write_text("".join(f"{' '.join(one)}\n" for one in text), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["join"]:  # which help and errors name
-        sys.argv.insert(1, "join")
-    sys.exit(cli.run({"join": join}, "join_words.py"))
+    write_utf8()
+    words = sys.argv[1:]
+    if words[:1] == ["join"]:
+        words = words[1:]
+    sys.exit(run_command(join, words or ["--help"], "join_words.py"))

@@ -29,7 +29,9 @@ from flallm.data.tokenizer import TranslationTokenizer
 from flallm.distributed.context import init_distributed, shutdown
 from flallm.inference.features import features
 from flallm.model.translator import Translator
-from flallm.planning import estimate as cost
+from flallm.planning.devices import device
+from flallm.planning.estimate import memory
+from flallm.planning.memory import SHAPES, StubTokenizer, dry_step
 from flallm.training.resume import load_stage1_encoder
 from flallm.training.step import start_engine, train_step
 from flallm.training.train import train
@@ -124,15 +126,9 @@ def plan_memory_error(out: Path) -> None:
     errors, detail = [], []
     for stage, precision, shape, lengths in PLANNED:
         MBartConfig(**shape).save_pretrained(out)
-        config = cfg.load(
-            "phoenix14t",
-            stage,
-            {"llm.path": str(out), "train.precision": precision, "encoder.weights": "none"},
-        )
-        text = cost.StubTokenizer(shape["vocab_size"])
-        planned = cost.memory(
-            config, cost.dry_step(config, text, lengths, 30), 1, cost.device("cpu", 1, config.train)
-        )[-1].value
+        config = cfg.load("phoenix14t", stage, {"llm.path": str(out), "train.precision": precision, "encoder.weights": "none"})
+        text = StubTokenizer(shape["vocab_size"])
+        planned = memory(config, dry_step(config, text, lengths, 30), 1, device("cpu", 1, config.train)).peak
         measured, _ = _alone(_peak, config, text, lengths)
         errors.append(abs(planned - measured) / measured)
         detail.append(
@@ -141,13 +137,7 @@ def plan_memory_error(out: Path) -> None:
     figure("plan_memory_error", max(errors), "share", "GiB: " + "; ".join(detail))
 
 
-def _peak(
-    config: cfg.Config,
-    text: cost.StubTokenizer,
-    lengths: list[int],
-    features: bool = False,
-    steps: int = 3,
-) -> tuple[int, float]:
+def _peak(config: cfg.Config, text: StubTokenizer, lengths: list[int], features: bool = False, steps: int = 3) -> tuple[int, float]:
     """(peak bytes, seconds of the fastest step) of a process of its own; features: in the place of video."""
     os.environ.pop("RANK", None)  # a group of its own, whatever the parent is in
     ranks, seconds = init_distributed(), []
@@ -188,22 +178,12 @@ def trimmed(out: Path) -> None:
     """mBART-large with its 250,027 words and with 2,500: parameters, and a stage-2 step of four clips from features."""
     found = {}
     for words in (2500, 250027):
-        (out / "config.json").write_text(
-            json.dumps(cost.SHAPES["facebook/mbart-large-cc25"] | {"vocab_size": words}),
-            encoding="utf-8",
-        )
-        config = cfg.load(
-            "phoenix14t",
-            "stage2",
-            {"llm.path": str(out), "train.precision": "fp32", "encoder.weights": "none"},
-        )
+        (out / "config.json").write_text(json.dumps(SHAPES["facebook/mbart-large-cc25"] | {"vocab_size": words}), encoding="utf-8")
+        config = cfg.load("phoenix14t", "stage2", {"llm.path": str(out), "train.precision": "fp32", "encoder.weights": "none"})
         with torch.device("meta"):
             model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(out))
         parameters = sum(p.numel() for p in model.parameters())
-        found[words] = (
-            parameters,
-            *_alone(_peak, config, cost.StubTokenizer(words), [30, 30, 25, 20], True),
-        )
+        found[words] = (parameters, *_alone(_peak, config, StubTokenizer(words), [30, 30, 25, 20], True))
     (small, peak, seconds), (whole, most, slow) = found.values()
     figure(
         "trimmed_params_m",
@@ -234,7 +214,7 @@ def lora(out: Path) -> None:
     trained = []
     for rank in (16, 0):
         config = cfg.load("smollm2", "stage2", {"llm.path": str(out), "llm.lora.rank": rank})
-        step = cost.dry_step(config, cost.StubTokenizer(49152), [8], 8)
+        step = dry_step(config, StubTokenizer(49152), [8], 8)
         trained.append(sum(part[0] for part in step.parts.values()))
     figure(
         "lora_state_ratio",

@@ -18,7 +18,11 @@ from flallm.data.dataset import Batch
 from flallm.data.sampler import TEXT_COST, BatchSampler
 from flallm.data.transforms import used_frames
 from flallm.model.translator import Translator
-from flallm.planning import estimate as cost
+from flallm.planning.devices import DEVICES
+from flallm.planning.estimate import estimate
+from flallm.planning.lengths import CORPORA
+from flallm.planning.memory import StubTokenizer
+from flallm.planning.rows import rows
 
 RANKS = (8, 64, 512)
 CLIPS = {"stage1": 8, "stage2": 16}  # a GPU and step
@@ -34,18 +38,9 @@ def tables() -> None:
             columns = {}
             for gpu in ("a100-80", "h100-80"):
                 for ranks in RANKS:
-                    config = cfg.load(
-                        "phoenix14t",
-                        stage,
-                        {"name": corpus, "train.batch": clips * ranks, "data.shards": "-"},
-                    )
-                    columns[f"{ranks} {gpu}"] = {
-                        f"{f.section}/{f.name}": str(f)
-                        for f in cost.cost(config, ranks, cost.DEVICES[gpu])
-                    }
-            print(
-                f"**{corpus}, {stage}, {clips} clips a GPU**\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
-            )
+                    config = cfg.load("phoenix14t", stage, {"name": corpus, "train.batch": clips * ranks, "data.shards": "-"})
+                    columns[f"{ranks} {gpu}"] = {f"{f.section}/{f.name}": str(f) for f in rows(estimate(config, ranks, DEVICES[gpu]))}
+            print(f"**{corpus}, {stage}, {clips} clips a GPU**\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
             for row in ROWS:
                 print(
                     f"| {row.replace('/', ': ')} | {' | '.join(figures[row] for figures in columns.values())} |"
@@ -56,12 +51,8 @@ def tables() -> None:
 def efficiency() -> None:
     """What a micro-batch costs is fitted to its frames by forward and backward passes on one core; the plan is then run with costs that scatter likewise."""
     torch.set_num_threads(1)
-    config = cfg.load(
-        "phoenix14t",
-        "stage1",
-        {"encoder.weights": "none", "data.crop": 112, "train.precision": "fp32"},
-    )
-    model, rng = Translator(config, cost.StubTokenizer(2429)).train(), np.random.default_rng(0)
+    config = cfg.load("phoenix14t", "stage1", {"encoder.weights": "none", "data.crop": 112, "train.precision": "fp32"})
+    model, rng = Translator(config, StubTokenizer(2429)).train(), np.random.default_rng(0)
     frames = np.sort(rng.integers(4, 76, 40))
     seconds = np.array([min(_seconds(model, int(n)) for _ in range(3)) for n in frames])
     b, a = np.polyfit(frames, seconds, 1)
@@ -72,7 +63,7 @@ def efficiency() -> None:
         "ratio",
         f"{a * 1e3:.0f} ms a micro-batch + {b * 1e3:.1f} ms a frame of 112 pixels; scatter {scatter.std():.3f} of it",
     )
-    lengths, texts = cost.CORPORA["web"].lengths()
+    lengths, texts = CORPORA["web"].lengths()
     lengths = used_frames(lengths, 4, 300)
     for ranks in RANKS:
         plan, shares = (

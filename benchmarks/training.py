@@ -32,7 +32,8 @@ from flallm.distributed.context import DistContext, init_distributed, precision
 from flallm.distributed.launch import _run_rank, spawn
 from flallm.distributed.rendezvous import rendezvous
 from flallm.model.translator import Translator
-from flallm.planning import estimate as cost
+from flallm.planning.devices import device
+from flallm.planning.memory import dry_step
 from flallm.training.optim import parameter_groups
 from flallm.training.step import start_engine, train_step
 from flallm.training.train import train
@@ -241,15 +242,13 @@ def cpu_share(out: Path) -> None:
                 },
             )
             zero2, batch = start(config, ranks)
-            operations = cost.dry_step(
-                config, zero2.module.text, batch.lengths.tolist(), batch.labels.shape[1]
-            ).flops
+            operations = dry_step(config, zero2.module.text, batch.lengths.tolist(), batch.labels.shape[1]).flops
             seconds = []
             for _ in range(13):
                 began = time.process_time()
                 train_step(zero2, [batch], ranks)
                 seconds.append(time.process_time() - began)
-            rate = cost.device("cpu", usable_cpus(), config.train).tflops
+            rate = device("cpu", usable_cpus(), config.train).tflops
             shares.append(operations / statistics.median(seconds) / rate / 1e12)
             details.append(
                 f"{stage} {operations / 1e9:.1f} GFLOP in {statistics.median(seconds) * 1000:.0f} ms"

@@ -26,8 +26,8 @@ import torch
 from conftest import FORK, SMALL
 from safetensors.torch import load_file
 
-from flallm import cli
 from flallm import config as cfg
+from flallm.commands.common import group_of_ranks
 from flallm.data.dataset import Batch
 from flallm.distributed.context import DistContext
 from flallm.distributed.rendezvous import rendezvous
@@ -126,7 +126,7 @@ def one_rank(
     if plant:
         plant(int(env["RANK"]))
     try:
-        with cli._ranks(config.train.timeout) as ranks:
+        with group_of_ranks(config.train.timeout) as ranks:
             train(config, folder, ranks, stage1)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)

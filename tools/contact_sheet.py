@@ -1,4 +1,7 @@
-"""Draws the README's contact sheet: sentences of the embedded corpus, every 4th frame in a row, `python tools/contact_sheet.py OUT.jpg`."""
+"""Draws the README's contact sheet: `python tools/contact_sheet.py OUT.jpg`.
+
+A row is a sentence of the embedded corpus, every 4th frame of it.
+"""
 
 import sys
 

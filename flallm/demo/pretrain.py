@@ -1,7 +1,8 @@
-"""A small mBART by text denoising, for where no pre-trained one can be had: the demo, tests, a new language.
+"""Pre-trains a small mBART, where no pre-trained model can be had: the demo, a new language.
 
-mBART's recipe (Liu et al. 2020, arXiv 2001.08210) at the size of a laptop: spans of 35 % of the words are masked, the rest
-is put out of order, and the model writes the sentence. The result is an ordinary Hugging Face folder.
+mBART's recipe (Liu et al. 2020, arXiv 2001.08210) at the size of a laptop: spans of 35 % of the
+words are masked, the others are shuffled, and the model writes the sentence. The result is an
+ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from flallm.model.llm import ATTN_IMPL
 from flallm.utils import UserError
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+PAD, EOS = 1, 2  # ids in SPECIAL
 
 
 def pretrain(
@@ -34,29 +36,20 @@ def pretrain(
     batch: int = 64,
     seed: int = 0,
 ) -> None:
-    """Trains a model of `layers` + `layers` layers on the sentences and saves it with its tokenizer to `out`."""
-    from transformers import MBartConfig, MBartForConditionalGeneration
+    """Trains an encoder and a decoder of `layers` layers each on the sentences.
 
+    Saves the model with its tokenizer to `out`. Raises UserError where that exists.
+    """
     if not sentences:
         raise UserError("there is no text to pre-train on")
     if out.exists():
         raise UserError(f"{out} is there already: remove it or name another folder")
     tokenizer = make_tokenizer(sentences, vocabulary)
-    shape = {}
-    for side in ("encoder", "decoder"):
-        shape |= {
-            f"{side}_layers": layers,
-            f"{side}_attention_heads": heads,
-            f"{side}_ffn_dim": 4 * width,
-        }
     torch.manual_seed(seed)
-    config = MBartConfig(
-        vocab_size=len(tokenizer), d_model=width, max_position_embeddings=512, dropout=0.0, scale_embedding=True, bos_token_id=0, pad_token_id=1,
-        eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=None, attn_implementation=ATTN_IMPL, **shape,
-    )  # fmt: skip
-    model = MBartForConditionalGeneration(config).train()
+    model = _model(len(tokenizer), layers, width, heads).train()
     print(
-        f"language model: {model.num_parameters() / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(sentences)} sentences, {steps} steps",
+        f"language model: {model.num_parameters() / 1e6:.2f} M parameters, "
+        f"vocabulary {len(tokenizer)}, {len(sentences)} sentences, {steps} steps",
         flush=True,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -64,31 +57,9 @@ def pretrain(
     rng, began = np.random.default_rng(seed), time.monotonic()
     by_length = sorted(sentences, key=lambda s: (len(s.split()), rng.random()))
     for step in range(1, steps + 1):
-        first = rng.integers(
-            0, max(1, len(by_length) - batch)
-        )  # neighbours in length: hardly any padding
-        picked = by_length[first : first + batch]
-        source = tokenizer([noise(s, rng) for s in picked], add_special_tokens=False)["input_ids"]
-        target = tokenizer(picked, add_special_tokens=False)["input_ids"]
-        inputs = _padded([[*ids, 2] for ids in source], 1)
-        labels = _padded([[*ids, 2] for ids in target], IGNORE_INDEX)
-        before = torch.cat(
-            [
-                labels.new_zeros(len(labels), 1),
-                labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, 1),
-            ],
-            1,
-        )
-        with precision(Train(), torch.device("cpu")):
-            logits = model(
-                input_ids=inputs,
-                attention_mask=(inputs != 1).long(),
-                decoder_input_ids=before,
-                use_cache=False,
-            ).logits
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
-        )
+        # Neighbours in length need hardly any padding.
+        first = rng.integers(0, max(1, len(by_length) - batch))
+        loss = _loss(model, tokenizer, by_length[first : first + batch], rng)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,7 +68,8 @@ def pretrain(
         if step % 200 == 0 or step == steps:
             left = (time.monotonic() - began) / step * (steps - step)
             print(
-                f"language model  step {step}/{steps}  loss {loss.item():.3f}  {left // 60:.0f}:{left % 60:02.0f} left",
+                f"language model  step {step}/{steps}  loss {loss.item():.3f}  "
+                f"{left // 60:.0f}:{left % 60:02.0f} left",
                 flush=True,
             )
     part = out.with_name(out.name + ".part")
@@ -106,8 +78,54 @@ def pretrain(
     part.rename(out)
 
 
+def _model(vocabulary: int, layers: int, width: int, heads: int):
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    config = MBartConfig(
+        vocab_size=vocabulary,
+        d_model=width,
+        encoder_layers=layers,
+        encoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        decoder_layers=layers,
+        decoder_attention_heads=heads,
+        decoder_ffn_dim=4 * width,
+        max_position_embeddings=512,
+        dropout=0.0,
+        scale_embedding=True,
+        bos_token_id=0,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=0,
+        forced_eos_token_id=None,
+        attn_implementation=ATTN_IMPL,
+    )
+    return MBartForConditionalGeneration(config)
+
+
+def _loss(model, tokenizer, sentences: list[str], rng: np.random.Generator) -> torch.Tensor:
+    """Cross entropy of the sentences, given their noised versions."""
+    noised = [noise(sentence, rng) for sentence in sentences]
+    source = tokenizer(noised, add_special_tokens=False)["input_ids"]
+    target = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+    inputs = _padded([[*ids, EOS] for ids in source], PAD)
+    labels = _padded([[*ids, EOS] for ids in target], IGNORE_INDEX)
+    shifted = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, PAD)
+    decoder_inputs = torch.cat([labels.new_zeros(len(labels), 1), shifted], 1)
+    with precision(Train(), torch.device("cpu")):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=(inputs != PAD).long(),
+            decoder_input_ids=decoder_inputs,
+            use_cache=False,
+        ).logits
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
+    )
+
+
 def make_tokenizer(sentences: list[str], vocabulary: int):
-    """Byte-pair encoding with mBART's first ids; the words of a small language become one token each."""
+    """Byte-pair encoding with mBART's first ids. Words of a small language are one token each."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -130,13 +148,11 @@ def make_tokenizer(sentences: list[str], vocabulary: int):
 
 
 def noise(sentence: str, rng: np.random.Generator) -> str:
-    """Half the time with the words moved by up to some places, then with spans of about 35 % of the words masked."""
+    """Shuffles the words half the time, then masks spans of about 35 % of them."""
     words = sentence.split()
     if rng.random() < 0.5:
-        words = [
-            words[i]
-            for i in np.argsort(np.arange(len(words)) + rng.uniform(0, len(words), len(words)))
-        ]
+        places = np.arange(len(words)) + rng.uniform(0, len(words), len(words))
+        words = [words[i] for i in np.argsort(places)]
     masked, i = [], 0
     while i < len(words):
         if rng.random() < 0.35 / 2:

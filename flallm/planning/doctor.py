@@ -1,4 +1,7 @@
-"""`flallm doctor`: looks at a machine, and at what a recipe needs of it, before a run finds out. A row a thing: OK, WARN or MISS, and what to do."""
+"""`flallm doctor`: looks at a machine, and at what a recipe needs of it, before a run does.
+
+A row a thing: OK, WARN or MISS, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +31,11 @@ from flallm.distributed.launch import spawn
 from flallm.utils import UserError, first_line, usable_cpus
 
 OK, WARN, MISS = "OK", "WARN", "MISS"
-Row = tuple[str, str, str]  # (state, what, what is found and what to do)
+Row = tuple[str, str, str]  # (state, name, detail and what to do)
 SAMPLES = 16  # of a split that are read and decoded
 TEXTS = 10_000  # of a split that are looked through for tokens without an embedding
-DISK_GIB = 20  # free below which a run of real size has no room for its checkpoints
-MIB = 256  # written to see how fast a disk is
+DISK_GIB = 20  # a run of real size has no room for its checkpoints where less is free
+MIB = 256  # written to measure a disk
 
 
 def doctor(configs: list[Config], folder: Path) -> Iterator[Row]:
@@ -47,38 +51,35 @@ def doctor(configs: list[Config], folder: Path) -> Iterator[Row]:
 
 
 def _packages() -> Iterator[Row]:
-    """Whether what is installed is what pyproject.toml asks for, and comes up."""
-    wrong = []
+    """Whether the installed packages are those that pyproject.toml asks for, and import."""
+    rows = []
     for line in importlib.metadata.requires("flallm") or []:
-        wanted = Requirement(line)
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            there = importlib.metadata.version(wanted.name)
-        except importlib.metadata.PackageNotFoundError:
-            wrong.append(
-                (MISS, wanted.name, f"is not installed: pip install '{line.split(';')[0].strip()}'")
-            )
-            continue
-        if not wanted.specifier.contains(there, prereleases=True):
-            wrong.append(
-                (
-                    WARN,
-                    wanted.name,
-                    f"{there}, tested with {wanted.specifier}: pip install '{wanted.name}{wanted.specifier}'",
-                )
-            )
-    yield from wrong or [(OK, "packages", "as pyproject.toml asks for")]
+        row = _package(requirement, line)
+        if row:
+            rows.append(row)
+    yield from rows or [(OK, "packages", "as pyproject.toml asks for")]
     for name in ("torchaudio", "deepspeed"):
         try:
             importlib.import_module(name)
             yield OK, name, importlib.metadata.version(name)
         except (ImportError, OSError, RuntimeError) as error:
-            yield (
-                MISS,
-                name,
-                f"does not come up ({first_line(error)}): torch and torchaudio have to be a pair of one index",
-            )
+            cause = f"does not come up ({first_line(error)})"
+            yield MISS, name, f"{cause}: torch and torchaudio have to be a pair of one index"
+
+
+def _package(requirement: Requirement, line: str) -> Row | None:
+    """What is wrong with a package; None where nothing is. line: as pyproject.toml has it."""
+    name, specifier = requirement.name, requirement.specifier
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return MISS, name, f"is not installed: pip install '{line.split(';')[0].strip()}'"
+    if specifier.contains(version, prereleases=True):
+        return None
+    return WARN, name, f"{version}, tested with {specifier}: pip install '{name}{specifier}'"
 
 
 def _devices() -> Iterator[Row]:
@@ -86,51 +87,36 @@ def _devices() -> Iterator[Row]:
         yield (
             WARN,
             "GPU",
-            "none that PyTorch can use: everything runs, on CPUs with gloo, at a size for trying out",
+            "none that PyTorch can use: everything runs, on CPUs with gloo, "
+            "at a size for trying out",
         )
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        said, bf16 = (
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
-            properties.major >= 8,
-        )
-        yield (
-            (OK, f"GPU {i}", said)
-            if bf16
-            else (WARN, f"GPU {i}", f"{said}, no bf16: set train.precision=fp32")
-        )
-    cores = usable_cpus()
-    fit = torch.cuda.is_available() or computes_in_bf16(Train(), "cpu")
-    yield (
-        OK,
-        "CPU cores",
-        str(cores) + ", without instructions for bf16: recipes compute in fp32" * (not fit),
-    )
+        detail = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        if properties.major >= 8:
+            yield OK, f"GPU {i}", detail
+        else:
+            yield WARN, f"GPU {i}", f"{detail}, no bf16: set train.precision=fp32"
+    cores = str(usable_cpus())
+    if not torch.cuda.is_available() and not computes_in_bf16(Train(), "cpu"):
+        cores += ", without instructions for bf16: recipes compute in fp32"
+    yield OK, "CPU cores", cores
 
 
 def _ranks() -> Row:
     """Whether processes of this machine find each other and add up."""
-    count, backend = (
-        (torch.cuda.device_count(), "NCCL")
-        if torch.cuda.device_count() > 1
-        else (2, "gloo")
-        if not torch.cuda.is_available()
-        else (1, "NCCL")
-    )
+    if torch.cuda.is_available():
+        count, backend = max(1, torch.cuda.device_count()), "NCCL"
+    else:
+        count, backend = 2, "gloo"
+    ranks = f"{count} ranks over {backend}"
     began = time.monotonic()
     try:
         spawn(_add_up, count)
     except Exception as error:
-        return (
-            MISS,
-            "all-reduce",
-            f"{count} ranks over {backend} did not come together: {str(error).strip().splitlines()[-1]}",
-        )
-    return (
-        OK,
-        "all-reduce",
-        f"{count} ranks over {backend}, {time.monotonic() - began:.0f} s with their start",
-    )
+        cause = str(error).strip().splitlines()[-1]
+        return MISS, "all-reduce", f"{ranks} did not come together: {cause}"
+    return OK, "all-reduce", f"{ranks}, {time.monotonic() - began:.0f} s with their start"
 
 
 def _add_up() -> None:
@@ -140,36 +126,33 @@ def _add_up() -> None:
 
 
 def _disk(folder: Path) -> Row:
-    """folder need not be there yet."""
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free / 2**30
+    """folder need not exist yet."""
+    folder = folder.resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free / 2**30
     try:
-        with tempfile.NamedTemporaryFile(dir=there) as file:
+        with tempfile.NamedTemporaryFile(dir=existing) as file:
             began, block = time.monotonic(), os.urandom(2**20)
             for _ in range(MIB):
                 file.write(block)
             os.fsync(file.fileno())
             speed = MIB / (time.monotonic() - began)
     except OSError as error:
-        return MISS, "disk", f"{there} cannot be written to: {error.strerror}"
-    said = f"{there}: {free:.0f} GiB free, {speed:.0f} MiB/s written"
-    return (
-        (OK, "disk", said)
-        if free > DISK_GIB
-        else (
-            WARN,
-            "disk",
-            f"{said}; a checkpoint of ResNet18 + mBART-large has 7 GiB, and three are kept",
-        )
-    )
+        return MISS, "disk", f"{existing} cannot be written to: {error.strerror}"
+    detail = f"{existing}: {free:.0f} GiB free, {speed:.0f} MiB/s written"
+    if free > DISK_GIB:
+        return OK, "disk", detail
+    size = "a checkpoint of ResNet18 + mBART-large has 7 GiB, and three are kept"
+    return WARN, "disk", f"{detail}; {size}"
 
 
 def _slurm() -> Row:
     if not shutil.which("sbatch"):
         return OK, "Slurm", "none here: start runs with flallm, torchrun or deepspeed"
+    command = ["sinfo", "--noheader", "--format=%P %a %D %G"]
     try:
         answer = subprocess.run(
-            ["sinfo", "--noheader", "--format=%P %a %D %G"],
+            command,
             capture_output=True,
             encoding="utf-8",
             errors="replace",
@@ -179,16 +162,13 @@ def _slurm() -> Row:
     except subprocess.TimeoutExpired:
         return WARN, "Slurm", "sinfo does not answer within 30 s"
     if answer.returncode:
-        return (
-            WARN,
-            "Slurm",
-            f"sinfo fails: {answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else answer.returncode}",
-        )
+        lines = answer.stderr.strip().splitlines()
+        return WARN, "Slurm", f"sinfo fails: {lines[-1] if lines else answer.returncode}"
     return OK, "Slurm", "; ".join(answer.stdout.splitlines()[:4])
 
 
 def _shards(config: Config) -> Iterator[Row]:
-    """Reads and decodes some samples of each split, and says how fast a core does it."""
+    """Reads and decodes some samples of each split, and measures how fast a core does it."""
     for split in ("train", "dev", "test"):
         try:
             clips = ClipDataset(split, config.data, config.seed)
@@ -198,69 +178,75 @@ def _shards(config: Config) -> Iterator[Row]:
         if warning := clips.shards.color_warning():
             yield MISS, f"data: {split}", warning
             continue
-        numbers = np.unique(
-            np.linspace(0, len(clips.used) - 1, min(SAMPLES, len(clips.used))).astype(int)
-        ).tolist()
-        bad, seconds, frames = [], 0.0, 0
-        for number in numbers:
-            out = np.empty((int(clips.used[number]), *clips.shape), clips.dtype)
-            began = time.process_time()
-            key, _, cause = decoder.load(
-                clips.shards,
-                clips.options,
-                number,
-                clips.shards.row(number),
-                0 if split == "train" else None,
-                out,
-            )
-            seconds, frames = (
-                seconds + time.process_time() - began,
-                frames + int(clips.used[number]),
-            )
-            bad += [f"{key}: {cause}"] * bool(cause)
-        found = f"{len(clips.used):,} clips, {len(numbers)} of them read and decoded"
-        yield (
-            (
-                MISS,
-                f"data: {split}",
-                f"{len(bad)} of {len(numbers)} are broken, as {bad[0]}: see make_shards.py verify",
-            )
-            if bad
-            else (OK, f"data: {split}", found)
-        )
+        sample = _decode_sample(clips, split)
+        yield _decoded(split, len(clips.used), sample)
         if split == "train":
-            cores, workers = usable_cpus(), config.data.workers * max(1, torch.cuda.device_count())
-            rate = frames / max(seconds, 1e-9)
-            said = f"{rate:.0f} used frames/s a core; data.workers={config.data.workers} give a rank {rate * config.data.workers / clips.used.mean():.0f} clips/s"
-            few = workers >= cores
-            yield (
-                (
-                    WARN,
-                    "reading",
-                    f"{said}, but {workers} workers and the ranks share {cores} cores",
-                )
-                if few
-                else (OK, "reading", said)
-            )
+            yield _reading(config, float(clips.used.mean()), sample)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Clips that were read and decoded: their number, used frames, seconds of a core, failures."""
+
+    clips: int
+    frames: int
+    seconds: float
+    failures: list[str]
+
+
+def _decode_sample(clips: ClipDataset, split: str) -> Sample:
+    count = len(clips.used)
+    numbers = np.unique(np.linspace(0, count - 1, min(SAMPLES, count)).astype(int)).tolist()
+    epoch = 0 if split == "train" else None  # training clips are augmented
+    failures, seconds, frames = [], 0.0, 0
+    for number in numbers:
+        used = int(clips.used[number])
+        out = np.empty((used, *clips.shape), clips.dtype)
+        began = time.process_time()
+        key, _, cause = decoder.load(
+            clips.shards, clips.options, number, clips.shards.row(number), epoch, out
+        )
+        seconds += time.process_time() - began
+        frames += used
+        if cause:
+            failures.append(f"{key}: {cause}")
+    return Sample(len(numbers), frames, seconds, failures)
+
+
+def _decoded(split: str, clips: int, sample: Sample) -> Row:
+    if not sample.failures:
+        return OK, f"data: {split}", f"{clips:,} clips, {sample.clips} of them read and decoded"
+    broken = f"{len(sample.failures)} of {sample.clips} are broken, as {sample.failures[0]}"
+    return MISS, f"data: {split}", f"{broken}: see make_shards.py verify"
+
+
+def _reading(config: Config, mean_frames: float, sample: Sample) -> Row:
+    """How many clips the workers of a rank decode. mean_frames: used frames of a clip."""
+    cores = usable_cpus()
+    workers = config.data.workers * max(1, torch.cuda.device_count())
+    rate = sample.frames / max(sample.seconds, 1e-9)
+    clips = rate * config.data.workers / mean_frames
+    detail = (
+        f"{rate:.0f} used frames/s a core; "
+        f"data.workers={config.data.workers} give a rank {clips:.0f} clips/s"
+    )
+    if workers < cores:
+        return OK, "reading", detail
+    return WARN, "reading", f"{detail}, but {workers} workers and the ranks share {cores} cores"
 
 
 def _models(configs: list[Config]) -> Iterator[Row]:
-    """Whether the pre-trained models that the stages name are there and are what they should be."""
-    for llm in {(c.llm.path, c.llm.language, c.llm.prompt): c.llm for c in configs}.values():
+    """Whether the pre-trained models that the stages name exist and are what they should be."""
+    models = {(c.llm.path, c.llm.language, c.llm.prompt): c.llm for c in configs}
+    for llm in models.values():
         yield _language_model(llm, configs[0].data)
-    for path in dict.fromkeys(
-        config.encoder.weights for config in configs if config.encoder.weights
-    ):
-        there = Path(path).is_file()
-        yield (
-            (OK, "encoder.weights", path)
-            if there
-            else (
-                MISS,
-                "encoder.weights",
-                f"{path} does not exist: fetch it, or train from scratch with --encoder.weights=none",
-            )
-        )
+    weights = [config.encoder.weights for config in configs if config.encoder.weights]
+    for path in dict.fromkeys(weights):
+        if Path(path).is_file():
+            yield OK, "encoder.weights", path
+        else:
+            advice = "fetch it, or train from scratch with --encoder.weights=none"
+            yield MISS, "encoder.weights", f"{path} does not exist: {advice}"
 
 
 def _language_model(llm: LLM, data: Data) -> Row:
@@ -276,34 +262,27 @@ def _language_model(llm: LLM, data: Data) -> Row:
     about = f"{llm.path}: {text.config.model_type}, vocabulary {len(text):,}"
     if not text.without_row:
         return OK, "language model", about
-    about += (
-        f", {len(text.without_row)} without an embedding in the model, as {text.without_row[0]}"
-    )
+    count, first = len(text.without_row), text.without_row[0]
+    about += f", {count} without an embedding in the model, as {first}"
     cause = _text_without_row(text, data)
     if cause:
-        return (
-            MISS,
-            "language model",
-            f"{about}: a clip is left out: {cause}. Resize the model's embeddings (resize_token_embeddings) and save it",
-        )
-    return (
-        WARN,
-        "language model",
-        f"{about}: padding takes another, and a clip whose text has one is left out",
-    )
+        advice = "Resize the model's embeddings (resize_token_embeddings) and save it"
+        return MISS, "language model", f"{about}: a clip is left out: {cause}. {advice}"
+    effect = "padding takes another, and a clip whose text has one is left out"
+    return WARN, "language model", f"{about}: {effect}"
 
 
 def _text_without_row(text: TranslationTokenizer, data: Data) -> str:
-    """Why the first text with a token without an embedding is refused; nothing where no text that is read has one."""
+    """Why the first text with a token without an embedding is refused; empty if none is."""
     for split in ("train", "dev", "test"):
         try:
             shards = Shards(data.shards, split, data.cache, data.cache_gib)
-        except (UserError, OSError, ImportError):  # the rows above say it
+        except (UserError, OSError, ImportError):  # the rows above report it
             continue
         for meta in shards.metas(range(min(TEXTS, len(shards)))):
-            ids = (
-                text.tokenizer(meta["text"], add_special_tokens=False)["input_ids"] if meta else []
-            )
+            if not meta:
+                continue
+            ids = text.tokenizer(meta["text"], add_special_tokens=False)["input_ids"]
             if max(ids, default=0) >= text.rows:
                 return text.refusal(max(ids))
     return ""

@@ -10,17 +10,22 @@ from faults import ZERO3
 from flallm import config as cfg
 from flallm.data.tokenizer import TranslationTokenizer
 from flallm.model.translator import Translator
-from flallm.planning import estimate as cost
+from flallm.planning import devices
+from flallm.planning.devices import DEVICES, GIB, Device
+from flallm.planning.estimate import estimate, memory
+from flallm.planning.memory import StubTokenizer, dry_step, tokenizer_and_shape
+from flallm.planning.rows import advice, rows
 from flallm.utils import UserError
 
-A100 = cost.DEVICES["a100-80"]
+A100 = DEVICES["a100-80"]
 
 
 def figures(
-    config: cfg.Config, world_size: int, device: cost.Device = A100, **options
+    config: cfg.Config, world_size: int, device: Device = A100, **options
 ) -> dict[str, float]:
     return {
-        f"{f.section}/{f.name}": f.value for f in cost.cost(config, world_size, device, **options)
+        f"{f.section}/{f.name}": f.value
+        for f in rows(estimate(config, world_size, device, **options))
     }
 
 
@@ -31,8 +36,8 @@ def recipe(stage: str, **overrides) -> cfg.Config:
 def test_a_dry_step_has_the_models_parameters_and_the_operations_of_its_layers():
     config = recipe("stage1")
     config.encoder = replace(config.encoder, weights=None)
-    text = cost.StubTokenizer(2429)
-    step = cost.dry_step(config, text, [20, 12], 16)
+    text = StubTokenizer(2429)
+    step = dry_step(config, text, [20, 12], 16)
     model = Translator(config, text)
     assert step.parts == {
         part: (sum(p.numel() for p in getattr(model, part).parameters()), 0)
@@ -40,7 +45,7 @@ def test_a_dry_step_has_the_models_parameters_and_the_operations_of_its_layers()
     }
     # ResNet18 has 1.81 G multiplications a 224-pixel frame (He et al. 2016, Table 1: 1.8), forward once and backward twice, without the first layer's input.
     assert 3 * 2 * 1.81e9 * 32 * 0.97 < step.encoder_flops < 3 * 2 * 1.9e9 * 32
-    twice = cost.dry_step(config, text, [40, 24], 16)
+    twice = dry_step(config, text, [40, 24], 16)
     assert twice.encoder_flops == pytest.approx(2 * step.encoder_flops, rel=1e-3)
     assert twice.activations == pytest.approx(
         2 * step.activations, rel=0.15
@@ -59,7 +64,7 @@ def test_a_dry_step_has_the_models_parameters_and_the_operations_of_its_layers()
 def test_every_parameter_is_counted(small, stage, options):
     config = small(stage, options)
     model = Translator(config, TranslationTokenizer(config.llm))
-    parts = cost.dry_step(config, model.text, [20, 12], 8).parts.values()
+    parts = dry_step(config, model.text, [20, 12], 8).parts.values()
     for i, trains in enumerate((True, False)):
         assert sum(part[i] for part in parts) == sum(
             p.numel() for p in model.parameters() if p.requires_grad is trains
@@ -68,9 +73,9 @@ def test_every_parameter_is_counted(small, stage, options):
 
 def test_a_frozen_encoder_keeps_no_activations_and_has_no_backward_pass():
     config = recipe("stage2", **{"llm.path": "google/mt5-base"})
-    with cost._text(config) as (text, config):
-        few, many = (cost.dry_step(config, text, [n], 4) for n in (30, 60))
-        from_features = cost.dry_step(config, text, [60], 4, features=True)
+    with tokenizer_and_shape(config) as (text, config):
+        few, many = (dry_step(config, text, [n], 4) for n in (30, 60))
+        from_features = dry_step(config, text, [60], 4, features=True)
     assert few.encoder_flops == pytest.approx(30 * 2 * 1.83e9, rel=0.04)
     assert few.parts["encoder"][0] == 0 and few.parts["language"][1] == 0
     assert few.parts["language"][0] == pytest.approx(
@@ -88,8 +93,8 @@ def test_with_lora_only_the_updates_have_states():
             "llm.lora.targets": ["q_proj", "v_proj"],
         },
     )
-    with cost._text(config) as (text, config):
-        step = cost.dry_step(config, text, [20], 8, features=True)
+    with tokenizer_and_shape(config) as (text, config):
+        step = dry_step(config, text, [20], 8, features=True)
     assert step.parts["language"] == (
         32 * 2 * 2 * 16 * 4096,
         6_738_415_616,
@@ -114,8 +119,8 @@ def test_with_checkpointing_one_layer_is_alive_at_a_time(tmp_path):
             "stage2",
             **{"llm.path": str(folder), "llm.lora.rank": 16, "llm.gradient_checkpointing": True},
         )
-        most[layers] = cost.dry_step(
-            config, cost.StubTokenizer(1000), [20, 12], 8, features=True, kind="cuda"
+        most[layers] = dry_step(
+            config, StubTokenizer(1000), [20, 12], 8, features=True, kind="cuda"
         ).activations
     # What a layer keeps is its input: 2 clips of 38 positions. Its weights in bf16, 25 MB, are not kept.
     assert most[16] - most[4] < 12 * 2 * 38 * 1024 * 4 * 2 < 12 * 25e6 / 10
@@ -179,12 +184,12 @@ def test_what_ranks_send_is_that_of_theory(small):
 
 def test_a_cpu_has_hours_by_what_its_cores_multiply(small, monkeypatch):
     """With a clock that goes on by a second whenever it is looked at."""
-    cost._core.cache_clear()
-    monkeypatch.setattr(cost.time, "thread_time", itertools.count().__next__)
-    monkeypatch.setattr(cost.os, "sched_getaffinity", lambda _: range(4))
+    devices.core_tflops.cache_clear()
+    monkeypatch.setattr(devices.time, "thread_time", itertools.count().__next__)
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(4))
     config, rates = small("stage2"), {}
     for world_size in (1, 2, 3, 8):  # of four cores
-        device = cost.device("cpu", world_size, config.train)
+        device = devices.device("cpu", world_size, config.train)
         rates[world_size] = device.tflops * 1e12 / (2 * 512**3)
         found = figures(config, world_size, device)
         seconds = (
@@ -196,8 +201,8 @@ def test_a_cpu_has_hours_by_what_its_cores_multiply(small, monkeypatch):
         assert found["time/step"] == pytest.approx(seconds) and found["time/run"] == pytest.approx(
             seconds * found["data/steps"]
         )
-        assert "communication/exposed" not in found and device.reached == cost.CPU_SHARE["fp32"]
-    cost._core.cache_clear()
+        assert "communication/exposed" not in found and device.reached == devices.CPU_SHARE["fp32"]
+    devices.core_tflops.cache_clear()
     assert rates == pytest.approx({1: 4, 2: 2, 3: 1, 8: 0.5})
 
 
@@ -211,36 +216,27 @@ def test_features_leave_out_the_encoder_and_decoding(small):
         figures(small("stage2", {"llm.input": "frames"}), 1, cached=True)
 
 
-def test_what_is_advised_depends_on_what_there_is_most_of():
-    for activations, state, field in (
-        (90, 5, "train.micro_batches"),
-        (5, 90, "llm.lora.rank"),
-        (5, 5, ""),
-    ):
-        sizes = {
-            "weights": state,
-            "master weights": 0,
-            "moments": 0,
-            "gradients": 0,
-            "update": 0,
-            "activations": activations,
-            "peak": activations + state,
-        }
-        said = cost.advice(
-            [
-                cost.Estimate("memory", name, size * cost.GIB, "GiB", "")
-                for name, size in sizes.items()
-            ],
-            A100,
-        )
-        assert field in said and bool(said) is bool(field)
+@pytest.mark.parametrize(
+    ("activations", "weights", "field"),
+    [(90, 5, "train.micro_batches"), (5, 90, "llm.lora.rank"), (5, 5, "")],
+)
+def test_advice_depends_on_what_takes_most_memory(activations, weights, field):
+    config = recipe("stage1", **{"encoder.weights": "none"})
+    step = dry_step(config, StubTokenizer(100), [2], 4)
+    sizes = replace(
+        memory(config, step, 1, A100),
+        weights=weights * GIB,
+        activations=activations * GIB,
+    )
+    text = advice(sizes, A100)
+    assert field in text and bool(text) is bool(field)
 
 
 def test_without_shards_and_published_lengths_there_is_no_plan():
     with pytest.raises(UserError, match="Lengths without shards are known of phoenix14t"):
-        cost.cost(cfg.load("demo", "stage1", {"data.shards": "nowhere"}), 1, A100)
+        estimate(cfg.load("demo", "stage1", {"data.shards": "nowhere"}), 1, A100)
     with pytest.raises(UserError, match="too few for 64 ranks"):
-        cost.cost(recipe("stage1"), 64, A100)
+        estimate(recipe("stage1"), 64, A100)
 
 
 @pytest.mark.parametrize("name", ["phoenix14t", "csl-daily", "how2sign"])
