@@ -84,7 +84,13 @@ def figure(name: str, value: float | None, unit: str, **more) -> None:
 
 
 def card() -> Device:
-    return DEVICES["h200" if "H200" in torch.cuda.get_device_name() else "h100-80" if "H100" in torch.cuda.get_device_name() else "a100-80"]
+    return DEVICES[
+        "h200"
+        if "H200" in torch.cuda.get_device_name()
+        else "h100-80"
+        if "H100" in torch.cuda.get_device_name()
+        else "a100-80"
+    ]
 
 
 def ceiling(out: Path) -> None:
@@ -111,19 +117,28 @@ def product() -> float:
 def case(name: str, out: Path) -> tuple[cfg.Config, StubTokenizer, list[int], bool]:
     stage, clips, features, changes = CASES[name]
     changes = {"llm.path": "facebook/mbart-large-cc25", "encoder.weights": "none", **changes}
-    shape = SHAPES[changes["llm.path"]] | {k: changes.pop(k) for k in ("vocab_size",) if k in changes}
+    shape = SHAPES[changes["llm.path"]] | {
+        k: changes.pop(k) for k in ("vocab_size",) if k in changes
+    }
     (out / name).mkdir()
     (out / name / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     config = cfg.load("phoenix14t", stage, changes | {"llm.path": str(out / name)})
     frames, _ = CORPORA["phoenix14t"].lengths()
-    return config, StubTokenizer(shape["vocab_size"]), used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(), features
+    return (
+        config,
+        StubTokenizer(shape["vocab_size"]),
+        used_frames(frames[:clips], config.data.stride, config.data.max_frames).tolist(),
+        features,
+    )
 
 
 def steps(out: Path, names: Iterable[str] = CASES) -> None:
     for name in names:
         config, text, lengths, features = case(name, out)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            there = pool.apply_async(measured, (config, text, lengths, features, not name.endswith("_any_order")))
+            there = pool.apply_async(
+                measured, (config, text, lengths, features, not name.endswith("_any_order"))
+            )
             dry = dry_step(config, text, lengths, TOKENS, features, "cuda")
             planned = memory(config, dry, 1, card()).peak
             try:
@@ -159,7 +174,9 @@ def prepared(config: cfg.Config, text: StubTokenizer, lengths: list[int], featur
     )
 
 
-def measured(config: cfg.Config, text: StubTokenizer, lengths: list[int], features: bool, deterministic: bool) -> tuple[float, int, int, int]:
+def measured(
+    config: cfg.Config, text: StubTokenizer, lengths: list[int], features: bool, deterministic: bool
+) -> tuple[float, int, int, int]:
     """(median seconds of a step, peak bytes of tensors, peak bytes that the allocator held, bytes of the process besides)"""
     zero2, batch, ranks = prepared(config, text, lengths, features)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)

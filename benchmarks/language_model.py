@@ -126,9 +126,15 @@ def plan_memory_error(out: Path) -> None:
     errors, detail = [], []
     for stage, precision, shape, lengths in PLANNED:
         MBartConfig(**shape).save_pretrained(out)
-        config = cfg.load("phoenix14t", stage, {"llm.path": str(out), "train.precision": precision, "encoder.weights": "none"})
+        config = cfg.load(
+            "phoenix14t",
+            stage,
+            {"llm.path": str(out), "train.precision": precision, "encoder.weights": "none"},
+        )
         text = StubTokenizer(shape["vocab_size"])
-        planned = memory(config, dry_step(config, text, lengths, 30), 1, device("cpu", 1, config.train)).peak
+        planned = memory(
+            config, dry_step(config, text, lengths, 30), 1, device("cpu", 1, config.train)
+        ).peak
         measured, _ = _alone(_peak, config, text, lengths)
         errors.append(abs(planned - measured) / measured)
         detail.append(
@@ -137,7 +143,13 @@ def plan_memory_error(out: Path) -> None:
     figure("plan_memory_error", max(errors), "share", "GiB: " + "; ".join(detail))
 
 
-def _peak(config: cfg.Config, text: StubTokenizer, lengths: list[int], features: bool = False, steps: int = 3) -> tuple[int, float]:
+def _peak(
+    config: cfg.Config,
+    text: StubTokenizer,
+    lengths: list[int],
+    features: bool = False,
+    steps: int = 3,
+) -> tuple[int, float]:
     """(peak bytes, seconds of the fastest step) of a process of its own; features: in the place of video."""
     os.environ.pop("RANK", None)  # a group of its own, whatever the parent is in
     ranks, seconds = init_distributed(), []
@@ -178,12 +190,22 @@ def trimmed(out: Path) -> None:
     """mBART-large with its 250,027 words and with 2,500: parameters, and a stage-2 step of four clips from features."""
     found = {}
     for words in (2500, 250027):
-        (out / "config.json").write_text(json.dumps(SHAPES["facebook/mbart-large-cc25"] | {"vocab_size": words}), encoding="utf-8")
-        config = cfg.load("phoenix14t", "stage2", {"llm.path": str(out), "train.precision": "fp32", "encoder.weights": "none"})
+        (out / "config.json").write_text(
+            json.dumps(SHAPES["facebook/mbart-large-cc25"] | {"vocab_size": words}),
+            encoding="utf-8",
+        )
+        config = cfg.load(
+            "phoenix14t",
+            "stage2",
+            {"llm.path": str(out), "train.precision": "fp32", "encoder.weights": "none"},
+        )
         with torch.device("meta"):
             model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(out))
         parameters = sum(p.numel() for p in model.parameters())
-        found[words] = (parameters, *_alone(_peak, config, StubTokenizer(words), [30, 30, 25, 20], True))
+        found[words] = (
+            parameters,
+            *_alone(_peak, config, StubTokenizer(words), [30, 30, 25, 20], True),
+        )
     (small, peak, seconds), (whole, most, slow) = found.values()
     figure(
         "trimmed_params_m",

@@ -38,9 +38,18 @@ def tables() -> None:
             columns = {}
             for gpu in ("a100-80", "h100-80"):
                 for ranks in RANKS:
-                    config = cfg.load("phoenix14t", stage, {"name": corpus, "train.batch": clips * ranks, "data.shards": "-"})
-                    columns[f"{ranks} {gpu}"] = {f"{f.section}/{f.name}": str(f) for f in rows(estimate(config, ranks, DEVICES[gpu]))}
-            print(f"**{corpus}, {stage}, {clips} clips a GPU**\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+                    config = cfg.load(
+                        "phoenix14t",
+                        stage,
+                        {"name": corpus, "train.batch": clips * ranks, "data.shards": "-"},
+                    )
+                    columns[f"{ranks} {gpu}"] = {
+                        f"{f.section}/{f.name}": str(f)
+                        for f in rows(estimate(config, ranks, DEVICES[gpu]))
+                    }
+            print(
+                f"**{corpus}, {stage}, {clips} clips a GPU**\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
+            )
             for row in ROWS:
                 print(
                     f"| {row.replace('/', ': ')} | {' | '.join(figures[row] for figures in columns.values())} |"
@@ -51,7 +60,11 @@ def tables() -> None:
 def efficiency() -> None:
     """What a micro-batch costs is fitted to its frames by forward and backward passes on one core; the plan is then run with costs that scatter likewise."""
     torch.set_num_threads(1)
-    config = cfg.load("phoenix14t", "stage1", {"encoder.weights": "none", "data.crop": 112, "train.precision": "fp32"})
+    config = cfg.load(
+        "phoenix14t",
+        "stage1",
+        {"encoder.weights": "none", "data.crop": 112, "train.precision": "fp32"},
+    )
     model, rng = Translator(config, StubTokenizer(2429)).train(), np.random.default_rng(0)
     frames = np.sort(rng.integers(4, 76, 40))
     seconds = np.array([min(_seconds(model, int(n)) for _ in range(3)) for n in frames])
@@ -94,7 +107,10 @@ def _seconds(model: Translator, frames: int) -> float:
 
 
 if __name__ == "__main__":
-    parts = {"tables": tables, "efficiency": efficiency}  # the first as Markdown, for docs/planning.md
+    parts = {
+        "tables": tables,
+        "efficiency": efficiency,
+    }  # the first as Markdown, for docs/planning.md
     if len(sys.argv) != 2 or sys.argv[1] not in parts:
         sys.exit(f"one of {', '.join(parts)} is needed")
     parts[sys.argv[1]]()

@@ -242,7 +242,9 @@ def cpu_share(out: Path) -> None:
                 },
             )
             zero2, batch = start(config, ranks)
-            operations = dry_step(config, zero2.module.text, batch.lengths.tolist(), batch.labels.shape[1]).flops
+            operations = dry_step(
+                config, zero2.module.text, batch.lengths.tolist(), batch.labels.shape[1]
+            ).flops
             seconds = []
             for _ in range(13):
                 began = time.process_time()

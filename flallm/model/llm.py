@@ -187,7 +187,7 @@ def load_shape(config: LLM) -> PretrainedConfig:
         raise UserError(
             f"llm.path: {config.path} is a {shape.model_type} model; stage 2 takes "
             f"{', '.join(DROPOUT)} and decoder-only models with attention maps and beam search, "
-            "such as llama: see docs/llm.md"
+            "such as llama: see docs/models.md"
         )
     text_config = shape.get_text_config()
     pad = getattr(text_config, "pad_token_id", None)

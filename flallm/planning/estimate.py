@@ -23,7 +23,7 @@ SAMPLED_STEPS = 200  # evenly spread over an epoch
 CHARACTERS_PER_TOKEN = 4
 # A micro-batch takes as long as the host needs to launch its kernels and to run ZeRO's hooks, for
 # each tensor that trains, and then as its operations: a line through steps of 8 to 64 clips on an
-# H100 (docs/gpu.md).
+# H100 (docs/benchmarks.md).
 LAUNCH_S = 0.5e-3  # seconds a tensor
 BACKWARD_SHARE = 2 / 3  # of a step's computation; gradients are sent behind it
 NODE_GPUS = 8
@@ -32,7 +32,7 @@ SNAPSHOT_GB_S = (
     8.0  # [assumed] from a GPU into the host's memory, while a checkpoint stalls training
 )
 DISK_GB_S = 1.0  # [assumed] of a node into a shared file system
-# Core-seconds of a used frame with augmentation: 49.6 clips/s of 13.8 frames (docs/scale.md).
+# Core-seconds of a used frame with augmentation: 49.6 clips/s of 13.8 frames (docs/planning.md).
 DECODE_S = 1.5e-3
 
 

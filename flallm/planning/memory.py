@@ -91,7 +91,7 @@ class MemoryTracker(TorchDispatchMode):
 
     collect: whether tensors may be in cycles, as checkpointing leaves them. Python rarely frees
     those without values: 9.4 GiB of a step of LLaMA-7B, of which 1.2 are alive and an H200 had 1.3
-    (docs/gpu.md).
+    (docs/benchmarks.md).
     """
 
     def __init__(self, collect: bool):

@@ -212,7 +212,7 @@ def _reading(plan: Plan) -> list[Row]:
     if plan.decoding_cores is not None:
         how = (
             f"{plan.frames / plan.step_seconds:.0f} used frames/s x {DECODE_S * 1e3} ms of a core "
-            f"(docs/scale.md); data.workers is {plan.config.data.workers}"
+            f"(docs/planning.md); data.workers is {plan.config.data.workers}"
         )
         unit = "a GPU" if plan.device.kind == "cuda" else "a rank"
         rows.append(Row("reading", "decoding cores", plan.decoding_cores, unit, how))
