@@ -137,13 +137,13 @@ class Table:
 
     def _swapped(self, run: Run, sentences: tuple, convention: str, score: str) -> float:
         """A run's score from swapped videos. Files of an older version have BLEU-4 alone."""
-        from flallm.evaluation.decode import swapped
+        from flallm.evaluation.decode import mismatched
 
         scores = self.sweep.scores(run)
         if f"swapped_{score}" in scores:
             return scores[f"swapped_{score}"]
         hypotheses, references, _ = sentences
-        hypotheses = swapped(hypotheses, references)
+        hypotheses = mismatched(hypotheses, references)
         return metrics.point_estimate(hypotheses, references, convention, score)
 
     def write(self) -> str:

@@ -52,8 +52,9 @@ def demo(out: Path, clips: Iterable[Clip] | None = None, overrides: dict | None 
     with _step("2/5  language model: a small mBART, pre-trained on text of the same language"):
         if not (out / "llm").exists():
             spawn(_pretrain, 1, out)  # a process of its own, which frees its memory
-    with _step(f"3/5  stage 1 and 4/5  stage 2, on {RANKS} ranks under ZeRO-2"):
-        spawn(_stages, RANKS, out, overrides or {})
+    ranks = _rank_count()
+    with _step(f"3/5  stage 1 and 4/5  stage 2, on {ranks} ranks under ZeRO-2"):
+        spawn(_stages, ranks, out, overrides or {})
     with _step("5/5  one clip, and a page to look at"):
         test = Shards(out / "shards", "test")
         video, meta = test.read(len(test) // 2)
@@ -63,6 +64,13 @@ def demo(out: Path, clips: Iterable[Clip] | None = None, overrides: dict | None 
         print(f"(reference: {meta['text']})")
         report(out / "stage2", "test", 24)
     _summary(out)
+
+
+def _rank_count() -> int:
+    """Two ranks, or one where there is a single GPU: each rank needs one of its own."""
+    import torch
+
+    return min(RANKS, torch.cuda.device_count() or RANKS)
 
 
 @contextmanager

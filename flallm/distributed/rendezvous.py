@@ -27,6 +27,8 @@ SLURM = {
 }
 # Numbers of processes: launchers of MPI set no RANK, and each process would be a group of its own.
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# The longest wait for the other ranks at the start. `flallm features` waits a day for their work.
+LONGEST_JOIN = timedelta(hours=1)
 START = "start the ranks with torchrun, deepspeed, srun or slurm/*.sh"
 
 
@@ -124,10 +126,10 @@ def _slurm_port() -> str:
 
 def join_group(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
     """Joins torch's process group. Raises UserError, or SystemExit after a line, if it cannot."""
-    store = _open_store(rank, timeout)
+    store = _open_store(rank, min(timeout, LONGEST_JOIN))
     try:
         if _launcher_has_the_store():
-            store = _store_of_this_start(store, rank, world_size, timeout)
+            store = _store_of_this_start(store, rank, world_size, min(timeout, LONGEST_JOIN))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,

@@ -264,9 +264,3 @@ def note_bad_samples(run: Path, bad: list[dict]) -> None:
     """Appends the samples that could not be decoded to bad_samples.jsonl."""
     with open(run / "bad_samples.jsonl", "a", encoding="utf-8") as file:
         file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in bad)
-
-
-# Other rooms call these functions by their former names.
-swapped = mismatched
-swapped_score = mismatched_score
-reachable_score = tokenizer_ceiling

@@ -15,7 +15,8 @@ from flallm.utils import UserError, usable_cpus
 
 GIB = 2**30
 # The share of the peak rate that a step reaches: of a GPU by steps of 8 to 64 clips on an H100
-# (docs/benchmarks.md); of a CPU, whose peak is measured, by an EPYC with AVX512-BF16 (docs/planning.md).
+# (docs/benchmarks.md); of a CPU, whose peak is measured, by an EPYC with AVX512-BF16
+# (docs/planning.md).
 GPU_SHARE = 0.12
 CPU_SHARE = {"bf16": 0.15, "fp32": 0.47}
 MATRIX = 512  # rows and columns of the matrices that measure a core

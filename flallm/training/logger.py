@@ -267,21 +267,21 @@ class MetricLogger:
             self.info(note)
 
     def dev(
-        self, scores: dict[str, float], swapped_scores: dict[str, float], seconds: float
+        self, scores: dict[str, float], mismatched_scores: dict[str, float], seconds: float
     ) -> None:
         """Logs the dev scores by their names, of the right videos and of mismatched ones."""
         values = {}
         for name in scores:
             values[f"dev_{name}"] = scores[name]
-            values[f"dev_{name}_swapped"] = swapped_scores[name]
+            values[f"dev_{name}_swapped"] = mismatched_scores[name]
         self._write(values | {"dev_seconds": seconds})
         if self.ranks.is_main and self.state.step == self.total_steps:
             self._write_hparams(scores)
         leading = self.state.leading
-        score, swapped = scores[leading], swapped_scores[leading]
+        score, mismatched = scores[leading], mismatched_scores[leading]
         label = metrics.LABELS[leading]
-        self.info(f"{self.progress}  dev {label} {score:.2f}, from swapped videos {swapped:.2f}")
-        if hardly_looks(score, swapped) and self.state.step > self.total_steps / 4:
+        self.info(f"{self.progress}  dev {label} {score:.2f}, from swapped videos {mismatched:.2f}")
+        if hardly_looks(score, mismatched) and self.state.step > self.total_steps / 4:
             self.warning(
                 "dev scores are no better with the right video than with another: "
                 "the model does not look at its input yet"

@@ -31,8 +31,8 @@ from flallm.evaluation.decode import (
     check_features,
     decode_split,
     empty_model_of_run,
+    mismatched_score,
     note_bad_samples,
-    swapped_score,
 )
 from flallm.model.translator import Translator
 from flallm.model.weights import checkpoint_steps, load_weights, run_progress, weights_sha256
@@ -310,11 +310,11 @@ def validate(
     if not log.state.leading:
         log.state.leading = metrics.leading(references, config.convention)
         log.note_leading()
-    scores, swapped_scores = {}, {}
+    scores, mismatched_scores = {}, {}
     for name in dict.fromkeys(("bleu4", log.state.leading)):
         scores[name] = metrics.point_estimate(hypotheses, references, config.convention, name)
-        swapped_scores[name] = swapped_score(predictions, config.convention, name)
-    log.dev(scores, swapped_scores, time.monotonic() - began)
+        mismatched_scores[name] = mismatched_score(predictions, config.convention, name)
+    log.dev(scores, mismatched_scores, time.monotonic() - began)
     if ranks.is_main:
         log.show(model, {prediction.key: prediction for prediction in predictions})
     log.exclude_time(time.monotonic() - began)
