@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from flallm.utils import UserError
 
 
-def group_of_ranks(timeout: float = 600):
-    """The ranks for the work of one command."""
+@contextmanager
+def group_of_ranks(timeout: float = 600) -> Iterator:
+    """The ranks for the work of one command. timeout: seconds that they wait for each other."""
     from flallm.distributed.context import init_distributed, shutdown
     from flallm.distributed.failures import report_first_failure
 
@@ -18,7 +22,8 @@ def group_of_ranks(timeout: float = 600):
         shutdown()
 
 
-def shards_option(shards: str):
+@contextmanager
+def shards_option(shards: str) -> Iterator[None]:
     """The work of a command on a run whose shards may lie elsewhere now.
 
     Raises UserError, which names the option, where they are not found.

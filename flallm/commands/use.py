@@ -44,17 +44,31 @@ def translate(
     if window and segments is not None:
         raise UserError("--window is a number of seconds, and excludes --segments")
 
+    from flallm.inference.translate import read_segments
+
+    spans = None if segments is None else read_segments(segments)
+    return _print_sentences(run, videos, format, spans, window, alternatives)
+
+
+def _print_sentences(
+    run: Path,
+    videos: tuple[str, ...],
+    format: str,
+    spans: list | None,
+    window: float,
+    alternatives: int,
+) -> int:
+    """Prints a sentence as soon as it is decoded. Returns the exit code."""
     from tqdm import tqdm
 
     from flallm.evaluation.decode import load_run
-    from flallm.inference.translate import line, read_segments, translate
+    from flallm.inference.translate import line, translate
 
-    spans = None if segments is None else read_segments(segments)
     timed, several = bool(spans or window), len(videos) > 1
     failed, number = 0, 0
     with group_of_ranks() as ranks:
-        model, run_config = load_run(run, ranks.device)
-        beam = run_config.decode.beam
+        model, config = load_run(run, ranks.device)
+        beam = config.decode.beam
         if alternatives >= beam:
             raise UserError(
                 f"--alternatives: {run} decodes with a beam of {beam}, "
@@ -62,9 +76,10 @@ def translate(
             )
         if format == "vtt":
             print("WEBVTT\n")
-        sentences = translate(model, run_config, videos, ranks.device, spans, window, alternatives)
-        # None: a bar on a terminal alone
-        for sentence in tqdm(sentences, unit=" sentences", disable=not (several or timed) or None):
+        sentences = translate(model, config, videos, ranks.device, spans, window, alternatives)
+        # None: tqdm draws a bar on a terminal and nothing in a log.
+        hidden = None if several or timed else True
+        for sentence in tqdm(sentences, unit=" sentences", disable=hidden):
             if sentence.error:
                 failed += 1
                 tqdm.write(f"flallm: {sentence.error}", file=sys.stderr)
