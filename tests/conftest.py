@@ -112,3 +112,33 @@ def flallm(monkeypatch, capsys):
         return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
 
     return command
+
+
+PROMPTS = {"mbart": "{video}", "mt5": "we {video}", "llama": "we saw {video} and"}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The folder of a small random language model of each family."""
+    from models import KINDS, save
+
+    return {kind: save(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+@pytest.fixture
+def built(small, folders):
+    """`built(kind, overrides)`: config and translator of stage 2 with a model of that family."""
+    from flallm.data.tokenizer import TranslationTokenizer
+    from flallm.model.translator import Translator
+
+    def build(kind: str, overrides: dict | None = None) -> tuple[cfg.Config, Translator]:
+        fields = {
+            "llm.path": str(folders[kind]),
+            "llm.prompt": PROMPTS[kind],
+            "decode.max_tokens": 12,
+        }
+        config = small("stage2", fields | (overrides or {}))
+        torch.manual_seed(1)
+        return config, Translator(config, TranslationTokenizer(config.llm)).eval()
+
+    return build
