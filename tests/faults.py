@@ -153,7 +153,7 @@ class At:
             return
         owner = {
             "checkpoint": checkpoint,
-            "Writer": CheckpointManager,
+            "CheckpointManager": CheckpointManager,
             "Path": Path,
             "Batch": Batch,
             "Translator": Translator,
@@ -344,7 +344,7 @@ PHASES = {
     "before the files": At("checkpoint", "_write", "kill", call=2),
     "with half of the files": At("checkpoint", "save_file", "kill after", call=3),
     "on another rank": At("checkpoint", "save_file", "kill after", rank=1, call=2),
-    "before the manifest": At("Writer", "_name", "kill", call=2),
+    "before the manifest": At("CheckpointManager", "_publish", "kill", call=2),
     "before the new name": At("Path", "rename", "kill", call=2),
     "after the new name": At("Path", "rename", "kill after", call=2),
 }
