@@ -127,6 +127,14 @@ def is_joinable(container: av.container.InputContainer) -> bool:
     return container.format.name in ("mpegts", "mpeg")
 
 
+def clock_jumps(container: av.container.InputContainer, step: float) -> bool:
+    """Whether the clock jumped between two frames that are `step` seconds apart.
+
+    A long step is a jump only where files can be joined; elsewhere it is a pause.
+    """
+    return step < 0 or (is_joinable(container) and step > LONGEST_STEP)
+
+
 def with_seconds(
     container: av.container.InputContainer, frames: Iterator[av.VideoFrame], rate: Fraction
 ) -> TimedFrames:
@@ -136,13 +144,12 @@ def with_seconds(
     were joined, the next frame follows at `rate`, too.
     """
     shift, previous = -float(start_of(container)), None
-    longest_step = LONGEST_STEP if is_joinable(container) else math.inf
     for frame in frames:
         following = 0.0 if previous is None else previous + 1 / float(rate)
         seconds = following
         if frame.pts is not None:
             seconds = float(frame.pts * frame.time_base) + shift
-        if previous is not None and not 0 <= seconds - previous <= longest_step:
+        if previous is not None and clock_jumps(container, seconds - previous):
             shift += following - seconds
             seconds = following
         yield seconds, frame
@@ -163,7 +170,7 @@ def clock_jump(path: str) -> float | None:
             if packet.dts is None:
                 continue
             seconds = float(packet.dts * stream.time_base - start_of(container))
-            if previous is not None and not 0 <= seconds - previous <= LONGEST_STEP:
+            if previous is not None and clock_jumps(container, seconds - previous):
                 return previous
             previous = seconds
     return None
